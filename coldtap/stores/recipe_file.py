@@ -1,0 +1,65 @@
+"""`recipe.json`: reading it, refusing what is no store, and comparing it with what is asked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from coldtap.stores.durable import TEMPORARY_SUFFIX
+from coldtap.stores.errors import CorruptStoreError, RecipeMismatchError, StoreError
+from coldtap.stores.lock import LOCK_NAME
+from coldtap.stores.recipe import Recipe, differences
+
+RECIPE = "recipe.json"
+
+
+def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:
+    """The recipe of a store and what was recorded beside it, or None where there is nothing yet.
+
+    Raises:
+        StoreError: the path is a file, or a folder with something else in it.
+        CorruptStoreError: `recipe.json` is damaged.
+    """
+    path = store / RECIPE
+    if store.exists() and not store.is_dir():
+        raise StoreError(f"{store} is a file: give the path of a store (a folder), or one that does not exist yet")
+    try:
+        record = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        _refuse_foreign(store)
+        return None
+    except ValueError as error:
+        raise CorruptStoreError(f"{path} is not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise CorruptStoreError(f"{path} is not a JSON object")
+    return Recipe.from_dict(record, where=str(path)), record.get("recorded", {})
+
+
+def _refuse_foreign(store: Path) -> None:
+    if not store.is_dir():
+        return
+    found = sorted(name.name for name in store.iterdir() if not _is_leftover(name.name))
+    if found:
+        kind = (
+            "a Zarr store that coldtap did not write" if {"zarr.json", ".zgroup", ".zarray"} & {*found} else "no store"
+        )
+        raise StoreError(
+            f"{store} is {kind} (it holds {', '.join(found[:3])}{' …' if len(found) > 3 else ''} and no {RECIPE}): "
+            "give an empty or a new path; nothing was changed"
+        )
+
+
+def _is_leftover(name: str) -> bool:
+    return name == LOCK_NAME or name.endswith(TEMPORARY_SUFFIX)
+
+
+def require_same_recipe(store: Path, old: Recipe, new: Recipe) -> None:
+    """Refuse to go on with a store of another recipe.
+
+    Raises:
+        RecipeMismatchError: naming each field that differs, old and new.
+    """
+    if lines := differences(old, new):
+        raise RecipeMismatchError(
+            f"{store} holds another recipe; choose another path, or the old settings. "
+            f"Fields that differ (stored → asked): {'; '.join(lines)}"
+        )

@@ -1,0 +1,116 @@
+"""Rows are numbered before the run: splits and views in blocks, samples in a seeded order.
+
+Blocks never cross a (split, view). Inside a split the samples follow one seeded shuffle, so that the first
+blocks are class-mixed. The last block of a (split, view) is padded with absent rows.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from coldtap.stores.canonical import sha256
+from coldtap.stores.errors import OptionError
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One (sample, view), at its place in the store; `sample` is the index in the source's listing."""
+
+    number: int
+    sample: int
+    split: str
+    view: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowPlan:
+    """Where each (sample, view) of a listing stands.
+
+    `order` holds, a split, the samples' indices in row order; train alone has views beyond view 0.
+    """
+
+    order: dict[str, tuple[int, ...]]
+    views: int
+    block_rows: int
+
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[str],
+        splits: Sequence[str],
+        *,
+        keep: Sequence[str],
+        views: int,
+        seed: int,
+        block_rows: int,
+    ) -> "RowPlan":
+        """Plan the rows of the samples whose split is kept.
+
+        The order inside a split sorts by SHA-256 of (seed, sample id): it depends on no library's random
+        numbers, and a sample added later does not move the others past each other.
+
+        Raises:
+            OptionError: a split that no sample has.
+        """
+        members: dict[str, list[int]] = {split: [] for split in SPLITS if split in keep}
+        for sample, split in enumerate(splits):
+            if split in members:
+                members[split].append(sample)
+        for split, samples in members.items():
+            if not samples:
+                raise OptionError(f"--split {split}: the source has no {split} images, only {sorted(set(splits))}")
+            samples.sort(key=lambda sample: sha256(f"{seed}\n{ids[sample]}".encode()))
+        return cls(
+            order={split: tuple(samples) for split, samples in members.items()},
+            views=views,
+            block_rows=block_rows,
+        )
+
+    @cached_property
+    def segments(self) -> tuple[tuple[str, int, int], ...]:
+        """(split, view, first block) of each run of blocks, in row order."""
+        found, block = [], 0
+        for view in range(self.views + 1):
+            for split in self.order:
+                if view == 0 or split == "train":
+                    found.append((split, view, block))
+                    block += self._blocks_of(split)
+        return tuple(found)
+
+    @cached_property
+    def n_blocks(self) -> int:
+        """Blocks of the store."""
+        return sum(self._blocks_of(split) for split, _, _ in self.segments)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of every array, absent ones included: a multiple of S."""
+        return self.n_blocks * self.block_rows
+
+    @cached_property
+    def n_planned(self) -> int:
+        """Rows that stand for a (sample, view): all but the padding."""
+        return sum(len(self.order[split]) for split, _, _ in self.segments)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in the plan, each counted once whatever its views."""
+        return sum(len(samples) for samples in self.order.values())
+
+    def block(self, number: int) -> list[Row]:
+        """The planned rows of a block; its padding has none."""
+        split, view, first = next(segment for segment in reversed(self.segments) if segment[2] <= number)
+        start = (number - first) * self.block_rows
+        samples = self.order[split][start : start + self.block_rows]
+        base = number * self.block_rows
+        return [Row(number=base + i, sample=s, split=split, view=view) for i, s in enumerate(samples)]
+
+    def __iter__(self) -> Iterator[Row]:
+        """Every planned row in order."""
+        for number in range(self.n_blocks):
+            yield from self.block(number)
+
+    def _blocks_of(self, split: str) -> int:
+        return -(-len(self.order[split]) // self.block_rows)

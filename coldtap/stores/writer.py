@@ -1,0 +1,239 @@
+"""Writing a store: recipe first, then whole blocks, then the tables, and the manifest last.
+
+One writer owns one whole block and writes each of its shards once. The order of renames is the order of
+promises: a shard, then its block's journal line, then the manifest. A death between any two of them costs at
+most the blocks in flight.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.canonical import readable_json, sha256
+from coldtap.stores.durable import TEMPORARY_SUFFIX, machine_errors, write_file
+from coldtap.stores.errors import IncompleteStoreError
+from coldtap.stores.faults import fault_point
+from coldtap.stores.index import (
+    REJECTED,
+    REJECTED_SCHEMA,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    targets_name,
+    write_rows,
+)
+from coldtap.stores.journal import (
+    JournalLine,
+    Rejection,
+    ShardRecord,
+    journal_name,
+    read_line,
+    write_line,
+)
+from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, file_entry, read_manifest, write_manifest
+from coldtap.stores.metadata import static_files
+from coldtap.stores.norm import FinalNorm
+from coldtap.stores.recipe import Recipe
+from coldtap.stores.recipe_file import RECIPE
+from coldtap.stores.rows import RowPlan
+from coldtap.stores.shards import SealedShard, ShardBuffer
+
+
+class StoreWriter:
+    """Writes the blocks and tables of one store; the caller holds its lock."""
+
+    def __init__(self, store: Path, recipe: Recipe, specs: Sequence[ArraySpec], plan: RowPlan) -> None:
+        self.store = store
+        self.recipe = recipe
+        self.specs = tuple(specs)
+        self.plan = plan
+        self._statics: tuple[str, ...] = ()
+
+    def start(self, recorded: Mapping[str, Any], norm: FinalNorm | None) -> None:
+        """Write the recipe and the arrays' metadata where they are not there yet; sweep what a dead job left.
+
+        `recorded["scale_exponents"]` holds the exponents of each array's taps.
+
+        Raises:
+            MachineError: the disk is full, read-only or refuses.
+        """
+        with machine_errors(self.store):
+            self.store.mkdir(parents=True, exist_ok=True)
+            for left in self.store.rglob(f"*{TEMPORARY_SUFFIX}"):
+                left.unlink(missing_ok=True)
+        recipe = readable_json({**self.recipe.to_dict(), "recorded": dict(recorded)})
+        self._write_missing(RECIPE, recipe)
+        fault_point("recipe-written")
+        exponents = recorded["scale_exponents"]
+        statics = static_files(self.recipe, self.specs, self.plan.n_rows, exponents, norm)
+        for name, data in statics.items():
+            self._write_missing(name, data)
+        self._statics = tuple(statics)
+        fault_point("arrays-created")
+
+    def _write_missing(self, name: str, data: bytes) -> None:
+        if not (self.store / name).exists():
+            write_file(self.store / name, [data])
+
+    def finished_blocks(self) -> list[int]:
+        """Blocks that have a journal line and every shard of it, of the size that the line says."""
+        return [block for block in range(self.plan.n_blocks) if self._is_finished(block)]
+
+    def _is_finished(self, block: int) -> bool:
+        line = read_line(self.store, block)
+        if line is None:
+            return False
+        with suppress(FileNotFoundError):
+            return all(
+                (self.store / FEATURES / name).stat().st_size == shard.n_bytes for name, shard in line.shards.items()
+            )
+        return False
+
+    def new_buffers(self) -> dict[str, ShardBuffer]:
+        """A buffer an array, for the rows of one block."""
+        return {spec.name: ShardBuffer(spec) for spec in self.specs}
+
+    def write_block(
+        self,
+        block: int,
+        buffers: Mapping[str, ShardBuffer],
+        *,
+        rejected: Sequence[Rejection],
+        source_sha256: Mapping[int, str],
+        ranges: Mapping[str, list[list[float]]],
+        environment: str,
+    ) -> JournalLine:
+        """Write a block's shards and then its journal line.
+
+        Args:
+            block: its number.
+            buffers: values of the block's rows, an array each.
+            rejected: planned rows that are not there.
+            source_sha256: digest of each present row's image as it was read.
+            ranges: smallest and largest value of each tap, an array each.
+            environment: digest of where the features were made.
+
+        Raises:
+            MachineError: the disk is full or refuses; the block is then not there, all others are.
+        """
+        present = np.zeros(self.plan.block_rows, bool)
+        present[[row % self.plan.block_rows for row in source_sha256]] = True
+        shards = {}
+        for spec in self.specs if present.any() else ():
+            sealed = buffers[spec.name].seal(present)
+            self._place(spec.shard_key(block), sealed)
+            shards[spec.shard_key(block)] = ShardRecord(
+                n_bytes=sealed.n_bytes, sha256=sealed.sha256, tap_sha256=sealed.tap_sha256
+            )
+        fault_point("block-renamed")
+        line = JournalLine(
+            block=block,
+            shards=shards,
+            rejected=tuple(rejected),
+            source_sha256=dict(source_sha256),
+            ranges=ranges,
+            environment=environment,
+        )
+        write_line(self.store, line)
+        fault_point("journal-written")
+        return line
+
+    def _place(self, key: str, sealed: SealedShard) -> None:
+        def pieces() -> Iterable[memoryview]:
+            yield from sealed.pieces
+            fault_point("shard-temporary")
+
+        write_file(self.store / FEATURES / key, pieces())
+        fault_point("shard-renamed")
+
+    def finish(self, ids: Sequence[str], where: Callable[[int], str], targets: Mapping[str, bytes]) -> str:
+        """Write the tables and the manifest; returns the store's digest.
+
+        Args:
+            ids: sample ids by sample index.
+            where: where a sample came from, by sample index.
+            targets: Parquet bytes by target name.
+
+        Raises:
+            IncompleteStoreError: a block is missing.
+        """
+        lines = [self._require_line(block) for block in range(self.plan.n_blocks)]
+        write_rows(self.store / SAMPLES, SAMPLES_SCHEMA, self._samples(lines, ids, where))
+        write_rows(self.store / REJECTED, REJECTED_SCHEMA, self._rejected(lines, ids, where))
+        for name, data in targets.items():
+            write_file(self.store / targets_name(name), [data])
+        fault_point("index-written")
+        return write_manifest(self.store, self._entries(lines, [*self._statics, *map(targets_name, targets)]))
+
+    def _require_line(self, block: int) -> JournalLine:
+        line = read_line(self.store, block)
+        if line is None:
+            raise IncompleteStoreError(f"{self.store}: block {block} of {self.plan.n_blocks} is not there yet")
+        return line
+
+    def _samples(
+        self, lines: Sequence[JournalLine], ids: Sequence[str], where: Callable[[int], str]
+    ) -> Iterable[tuple[Any, ...]]:
+        for line in lines:
+            for row in self.plan.block(line.block):
+                digest = line.source_sha256.get(row.number)
+                if digest is not None:
+                    yield (row.number, ids[row.sample], row.view, row.split, where(row.sample), digest)
+
+    def _rejected(
+        self, lines: Sequence[JournalLine], ids: Sequence[str], where: Callable[[int], str]
+    ) -> Iterable[tuple[Any, ...]]:
+        for line in lines:
+            reasons = {rejection.row: rejection for rejection in line.rejected}
+            for row in self.plan.block(line.block):
+                if rejection := reasons.get(row.number):
+                    where_from = where(row.sample)
+                    yield (
+                        row.number,
+                        ids[row.sample],
+                        row.view,
+                        row.split,
+                        where_from,
+                        rejection.reason,
+                        rejection.tap,
+                    )
+
+    def _entries(self, lines: Sequence[JournalLine], small: Iterable[str]) -> Iterable[Entry]:
+        for line in lines:
+            for key, shard in line.shards.items():
+                name = f"{FEATURES}/{key}"
+                yield Entry(sha256=shard.sha256, n_bytes=shard.n_bytes, name=name)
+                if len(shard.tap_sha256) > 1:
+                    yield from self._tap_entries(name, key, line, shard)
+            yield file_entry(self.store, journal_name(line.block))
+        for name in (RECIPE, SAMPLES, REJECTED, *small):
+            yield file_entry(self.store, name)
+
+    def _tap_entries(self, name: str, key: str, line: JournalLine, shard: ShardRecord) -> Iterable[Entry]:
+        spec = next(spec for spec in self.specs if spec.shard_key(line.block) == key)
+        n_bytes = len(line.source_sha256) * (spec.chunk_bytes + 4)
+        for tap, digest in zip(spec.taps, shard.tap_sha256, strict=True):
+            yield Entry(sha256=digest, n_bytes=n_bytes, name=f"{name}#{tap}")
+
+
+def update_targets(store: Path, name: str, data: bytes) -> bool:
+    """Replace the targets of a complete store without touching a feature; True if they were others.
+
+    The table is written before the manifest that names it; a death between the two is mended by the same call.
+    """
+    entries, _ = read_manifest(store)
+    file = targets_name(name)
+    known = entries.get(file)
+    if known is not None and known.sha256 == sha256(data) and file_entry(store, file) == known:
+        return False
+    write_file(store / file, [data])
+    write_manifest(store, {**entries, file: file_entry(store, file)}.values())
+    return True
+
+
+def is_complete(store: Path) -> bool:
+    """Whether a store has its manifest."""
+    return (store / MANIFEST).exists()

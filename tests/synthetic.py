@@ -1,0 +1,113 @@
+"""Small real stores, written by the real writer from numbers, for tests that need no backbone."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coldtap.stores.arrays import ArraySpec, Geometry, Tier, plan_arrays
+from coldtap.stores.index import targets_bytes
+from coldtap.stores.journal import Rejection
+from coldtap.stores.norm import FinalNorm
+from coldtap.stores.recipe import Recipe
+from coldtap.stores.rows import RowPlan
+from coldtap.stores.writer import StoreWriter
+
+GEOMETRY = Geometry(grid=(2, 3), prefix_tokens=1, channels=8)
+
+
+def layer_norm(channels: int) -> FinalNorm:
+    weight = np.linspace(0.5, 1.5, channels, dtype=np.float32)
+    return FinalNorm(kind="layer_norm", eps=1e-6, weight=weight, bias=weight - 1)
+
+
+def synthetic_store(
+    path: Path,
+    features: np.ndarray[Any, Any],
+    targets: Sequence[int],
+    splits: Sequence[str],
+    *,
+    geometries: Mapping[int, Geometry] | None = None,
+    gathers: Mapping[str, Sequence[int]] | None = None,
+    tier: Tier = "float32",
+    views: int = 0,
+    block_rows: int | None = None,
+    rejected: Sequence[int] = (),
+    norm: FinalNorm | None = None,
+    class_names: Sequence[str] | None = None,
+    blocks: Sequence[int] | None = None,
+    finish: bool = True,
+) -> StoreWriter:
+    """A store of given taps: (view, sample, tap, token, channel) or (sample, tap, token, channel) float32.
+
+    Arrays are made by the definitions: sums in float32, pooled from prefix tokens and patch mean. Samples
+    whose index is in `rejected` are not there. `blocks` and `finish` leave the store incomplete.
+    """
+    values = np.asarray(features, np.float32)
+    values = values if values.ndim == 5 else values[None]
+    n_taps = values.shape[2]
+    geometries = geometries or dict.fromkeys(range(n_taps), GEOMETRY)
+    gathers = gathers or {"layers": range(n_taps), "sum": [n_taps - 1], "pooled": range(n_taps)}
+    ids = [f"sample-{i:03d}" for i in range(len(targets))]
+    specs = plan_arrays(geometries, gathers, tier)
+    if block_rows:
+        specs = tuple(_with_rows(spec, block_rows) for spec in specs)
+    keep = [split for split in ("train", "val", "test") if split in splits]
+    plan = RowPlan.of(ids, splits, keep=keep, views=views, seed=0, block_rows=specs[0].block_rows)
+    recipe = Recipe(
+        extractor={"architecture": "synthetic", "taps": [g.to_dict() for g in geometries.values()]},
+        rows={"listing": "0" * 64, "views": views, "splits": {s: len(o) for s, o in plan.order.items()}},
+        encoding={"gathers": {name: list(taps) for name, taps in gathers.items()}, "tier": tier},
+    )
+    writer = StoreWriter(path, recipe, specs, plan)
+    exponents = {spec.name: [0] * len(spec.taps) for spec in specs}
+    path.mkdir(parents=True, exist_ok=True)
+    writer.start({"scale_exponents": exponents, "environment": {"device": "none"}}, norm or layer_norm(8))
+    for block in range(plan.n_blocks) if blocks is None else blocks:
+        _write(writer, block, values, rejected)
+    if finish:
+        writer.finish(ids, lambda i: f"memory[{i}]", {"label": targets_bytes(ids, targets, class_names)})
+    return writer
+
+
+def _with_rows(spec: ArraySpec, block_rows: int) -> ArraySpec:
+    return ArraySpec(gather=spec.gather, geometry=spec.geometry, taps=spec.taps, tier=spec.tier, block_rows=block_rows)
+
+
+def _write(writer: StoreWriter, block: int, values: np.ndarray[Any, Any], rejected: Sequence[int]) -> None:
+    buffers = writer.new_buffers()
+    rows = writer.plan.block(block)
+    for row in rows:
+        for spec in writer.specs:
+            stored = encode(gathered(spec, values[row.view, row.sample]), spec.tier)
+            buffers[spec.name].values[row.number % spec.block_rows] = stored
+    writer.write_block(
+        block,
+        buffers,
+        rejected=[Rejection(row=row.number, reason="made so") for row in rows if row.sample in rejected],
+        source_sha256={row.number: f"{row.sample:064x}" for row in rows if row.sample not in rejected},
+        ranges={},
+        environment="e" * 64,
+    )
+
+
+def gathered(spec: ArraySpec, taps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """What an array holds of one sample's taps (tap, token, channel)."""
+    if spec.gather == "sum":
+        total = taps[0].copy()
+        for tap in taps[1 : spec.taps[0] + 1]:
+            total += tap
+        return total
+    chosen = taps[list(spec.taps)]
+    if spec.gather == "layers":
+        return chosen
+    prefix = spec.geometry.prefix_tokens
+    return np.concatenate([chosen[:, :prefix], chosen[:, prefix:].mean(axis=1, keepdims=True)], axis=1)
+
+
+def encode(values: np.ndarray[Any, Any], tier: Tier) -> np.ndarray[Any, Any]:
+    if tier == "bfloat16":
+        bits = values.astype(np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return values.astype(tier)
