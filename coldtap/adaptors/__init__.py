@@ -1,0 +1,22 @@
+"""Small trainable networks that read stored tensors only: LAST, MIST, probes. Imports no timm."""
+
+from coldtap.adaptors.contract import FeatureSpec
+from coldtap.adaptors.kinds import ADAPTORS
+from coldtap.adaptors.loading import load_adaptor
+from coldtap.adaptors.options import option_defaults
+from coldtap.adaptors.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
+from coldtap.adaptors.training import Progress, RunResult, train_adaptor
+
+__all__ = [
+    "ADAPTORS",
+    "EpochRecord",
+    "FeatureSpec",
+    "Progress",
+    "RunInfo",
+    "RunResult",
+    "SplitMetrics",
+    "load_adaptor",
+    "option_defaults",
+    "read_run",
+    "train_adaptor",
+]

@@ -1,0 +1,1 @@
+"""Images in, features out: sources, backbone, taps, gathers and the batch job."""

@@ -73,6 +73,11 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     return [line for part in PARTS for line in _differ(part, getattr(old, part), getattr(new, part))]
 
 
+def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Each field that differs between two extractors, as `field: old → new`."""
+    return [line.removeprefix("extractor.") for line in _differ("extractor", old, new)]
+
+
 def _differ(path: str, old: Any, new: Any) -> Iterator[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted(set(old) | set(new)):

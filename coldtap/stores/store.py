@@ -17,6 +17,7 @@ from coldtap.stores.manifest import FEATURES, Entry, read_manifest
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import RECIPE, read_recipe
+from coldtap.stores.rows import SPLITS
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -103,7 +104,7 @@ class Store:
     @property
     def splits(self) -> dict[str, int]:
         """Samples (present rows of view 0) a split."""
-        return {split: n for split in self.recipe.rows["splits"] if (n := len(self.rows(split))) > 0}
+        return {split: n for split in SPLITS if (n := len(self.rows(split))) > 0}
 
     def rows(self, split: str, view: int = 0) -> Rows:
         """Numbers of the present rows of a (split, view), ascending; empty where there are none."""

@@ -1,0 +1,141 @@
+"""What an adaptor is: what it needs from a store, options and shapes in, logits out.
+
+An adaptor is one file with a dataclass of options, a `plan` (which array and taps it reads, and its options with
+every automatic choice made), a `build` (an `nn.Module` from shapes alone, so that a run folder can be loaded
+without its store), and an `AdaptorKind` that names them. Its module maps features to logits:
+
+    layers  (batch, tap, token, channel)       the taps of `FeatureSpec.taps`, in that order
+    sum     (batch, token, channel)
+    pooled  (batch, tap, prefix + 1, channel)  the last position is the mean of the patch tokens
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from coldtap.adaptors.heads import FrozenNorm, NormKind
+from coldtap.stores import FinalNorm, Store, StoredArray
+from coldtap.stores.arrays import Gather, Geometry
+from coldtap.stores.errors import MissingFeaturesError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NormSpec:
+    """What a module must know of the backbone's final norm before its numbers are there."""
+
+    kind: NormKind
+    eps: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureSpec:
+    """Which numbers of a store an adaptor reads, and their shape; `predict` gathers the same from a backbone."""
+
+    array: str
+    gather: Gather
+    taps: tuple[int, ...]
+    depth: int
+    geometry: Geometry
+    final_norm: NormSpec | None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one sample's features, without the batch axis."""
+        geometry = self.geometry
+        if self.gather == "sum":
+            return (geometry.tokens, geometry.channels)
+        tokens = geometry.prefix_tokens + 1 if self.gather == "pooled" else geometry.tokens
+        return (len(self.taps), tokens, geometry.channels)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The specification as JSON, for `run.json`."""
+        norm = None if self.final_norm is None else dataclasses.asdict(self.final_norm)
+        fields = {"array": self.array, "gather": self.gather, "taps": list(self.taps), "depth": self.depth}
+        return {**fields, "geometry": self.geometry.to_dict(), "final_norm": norm}
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "FeatureSpec":
+        """Parses what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
+        norm = record["final_norm"]
+        parsed = {
+            "taps": tuple(record["taps"]),
+            "geometry": Geometry.from_dict(record["geometry"]),
+            "final_norm": None if norm is None else NormSpec(**norm),
+        }
+        return cls(**{**record, **parsed})
+
+
+class Build[OptionsT](Protocol):
+    """Makes an adaptor's module from shapes and planned options."""
+
+    def __call__(self, spec: FeatureSpec, options: OptionsT, *, n_classes: int) -> nn.Module:
+        """Returns a module that maps features of `spec` to logits (batch, class)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptorKind[OptionsT]:
+    """One adaptor: its options, what it reads, how it is built, and its default peak learning rate."""
+
+    name: str
+    options: type[OptionsT]
+    plan: Callable[[Store, OptionsT], tuple[FeatureSpec, OptionsT]]
+    build: Build[OptionsT]
+    lr: float
+
+
+def arrays_of(store: Store, gather: Gather) -> list[StoredArray]:
+    """Returns a store's arrays of one gather."""
+    return [array for array in store.arrays.values() if array.gather == gather]
+
+
+def describe_gathers(store: Store) -> str:
+    """Says which gathers a store holds, for messages: `sum, pooled`."""
+    return ", ".join(dict.fromkeys(array.gather for array in store.arrays.values())) or "no features"
+
+
+def refuse_stage_network(store: Store, *, adaptor: str) -> None:
+    """Refuses a store whose taps have several geometries.
+
+    Raises:
+        MissingFeaturesError: The backbone is a stage network, such as Swin, ConvNeXt or ResNet.
+    """
+    names = sorted({array.geometry.name for array in store.arrays.values()})
+    if len(names) > 1:
+        raise MissingFeaturesError(
+            f"{adaptor} needs taps of one geometry; {store.path} holds the stages of a stage network "
+            f"({', '.join(names)}): use --adaptor linear, or a ViT backbone"
+        )
+
+
+def spec_of(store: Store, array: StoredArray, taps: tuple[int, ...]) -> FeatureSpec:
+    """Describes some taps of a stored array."""
+    return FeatureSpec(
+        array=array.name,
+        gather=array.gather,
+        taps=taps,
+        depth=store.depth,
+        geometry=array.geometry,
+        final_norm=_final_norm(store.norm, array),
+    )
+
+
+def _final_norm(norm: FinalNorm | None, array: StoredArray) -> NormSpec | None:
+    """The backbone's final norm, where it is a norm over this array's channels."""
+    if norm is None or any(
+        values is not None and values.shape != (array.geometry.channels,) for values in (norm.weight, norm.bias)
+    ):
+        return None
+    return NormSpec(kind=norm.kind, eps=norm.eps)
+
+
+def copy_final_norm(module: nn.Module, norm: FinalNorm | None) -> None:
+    """Copies the store's final norm into every frozen norm of a freshly built adaptor."""
+    for part in module.modules():
+        if isinstance(part, FrozenNorm) and norm is not None:
+            for target, values in ((part.weight, norm.weight), (part.bias, norm.bias)):
+                if values is not None:
+                    target.copy_(torch.from_numpy(values.copy()))

@@ -1,0 +1,90 @@
+"""The linear probe on one tap, from `pooled` features where the store has them."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from coldtap.adaptors.contract import AdaptorKind, FeatureSpec, arrays_of, describe_gathers, spec_of
+from coldtap.adaptors.heads import ClassifierHead, HeadNorm, Pool, head_parameters
+from coldtap.adaptors.parts import HeadOptions, build_head, settle_head
+from coldtap.stores import Store, StoredArray
+from coldtap.stores.arrays import Gather
+from coldtap.stores.errors import MissingFeaturesError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearOptions(HeadOptions):
+    """Options of the linear probe; `tap=-1` is the last tap of the backbone, `-2` the one before it."""
+
+    tap: int = -1
+
+
+class LinearProbe(nn.Module):
+    """A linear classifier on one tap: the baseline of LAST (arXiv 2402.04009) and MIST (arXiv 2406.17559).
+
+    Inferred: what is pooled, and the norm before the classifier. By default the mean of the patch tokens and the
+    backbone's own final norm, as in the code of DTL, which is by the authors of LAST.
+    """
+
+    def __init__(self, *, head: ClassifierHead, pooled: bool) -> None:
+        super().__init__()
+        self.head, self.pooled = head, pooled
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Classifies one tap.
+
+        Args:
+            features: `pooled` (batch, 1, prefix + 1, channel) or `layers` (batch, 1, token, channel).
+
+        Returns:
+            Logits (batch, class).
+        """
+        tap = features[:, 0]
+        logits: torch.Tensor = self.head.from_pooled(tap) if self.pooled else self.head(tap)
+        return logits
+
+
+def linear_parameters(*, channels: int, n_classes: int, pool: Pool, norm: HeadNorm) -> int:
+    """Returns the trainable parameters: (d + 1) · classes, d doubled by pool=both, and 2d for a new norm."""
+    return head_parameters(channels=channels, n_classes=n_classes, pool=pool, norm=norm)
+
+
+def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, LinearOptions]:
+    """Chooses the array that holds the tap: `pooled` if it can serve, else `layers`.
+
+    Raises:
+        MissingFeaturesError: Neither holds the tap.
+        OptionError: The head's options do not fit the features.
+    """
+    # The mean of normalised tokens cannot be had from a stored mean.
+    every_token = options.norm_at == "before" and options.norm != "none"
+    gathers: tuple[Gather, ...] = ("layers",) if every_token else ("pooled", "layers")
+    array, tap = _find_tap(store, options.tap, gathers)
+    spec = spec_of(store, array, (tap,))
+    # The backbone's final norm was trained for the last tap; an earlier one gets its own.
+    options = settle_head(options, spec, prefer_backbone=tap == spec.depth)
+    return spec, dataclasses.replace(options, tap=tap)
+
+
+def _find_tap(store: Store, tap: int, gathers: tuple[Gather, ...]) -> tuple[StoredArray, int]:
+    arrays = [array for gather in gathers for array in arrays_of(store, gather)]
+    for array in arrays:
+        wanted = tap if tap >= 0 else store.depth + 1 + tap
+        if wanted in array.taps:
+            return array, wanted
+    held = sorted({tap for array in arrays for tap in array.taps})
+    raise MissingFeaturesError(
+        f"linear needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.path} holds "
+        f"{describe_gathers(store)}, there with taps {held}: choose with --set tap=N, "
+        f"or cache again with --gather {gathers[0]} --taps all"
+    )
+
+
+def build_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -> LinearProbe:
+    """Builds the probe from shapes and planned options."""
+    return LinearProbe(head=build_head(spec, options, n_classes=n_classes), pooled=spec.gather == "pooled")
+
+
+LINEAR = AdaptorKind(name="linear", options=LinearOptions, plan=plan_linear, build=build_linear, lr=5e-3)

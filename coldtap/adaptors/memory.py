@@ -1,0 +1,61 @@
+"""How much memory this process may still take, and how much it has taken."""
+
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+# The share of the free memory that resident features may take: the rest is for the network, its activations, and
+# for whatever else runs on the machine.
+RESIDENT_SHARE = 0.4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residency:
+    """Whether features are kept in memory, and why."""
+
+    resident: bool
+    n_bytes: int
+    reason: str
+
+
+def decide_residency(n_bytes: int, available_bytes: int) -> Residency:
+    """Decides whether features of `n_bytes` as float32 are read once and kept, or read anew for every batch."""
+    limit = int(RESIDENT_SHARE * available_bytes)
+    sizes = f"{n_bytes / 1e6:.1f} MB of features, {limit / 1e6:.0f} MB allowed ({RESIDENT_SHARE:.0%} of free memory)"
+    if n_bytes <= limit:
+        return Residency(resident=True, n_bytes=n_bytes, reason=f"kept in memory: {sizes}")
+    return Residency(resident=False, n_bytes=n_bytes, reason=f"read batch by batch: {sizes}")
+
+
+def available_memory_bytes() -> int:
+    """Returns the bytes this process may still take: the least of free RAM, its control group and its own limit."""
+    return max(0, min(_free_ram_bytes(), _control_group_bytes(), _own_limit_bytes()))
+
+
+def peak_memory_bytes() -> int:
+    """Returns the largest resident size that this process ever had."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free_ram_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 4 * 2**30  # no /proc (macOS): a cautious figure
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _control_group_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit (cgroup v2) leaves."""
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+    except (OSError, ValueError):
+        return 2**62
+    return 2**62 if limit == "max" else int(limit) - used
+
+
+def _own_limit_bytes() -> int:
+    """What `ulimit -v` leaves; the address space in use is not subtracted, the resident share covers it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return 2**62 if limit == resource.RLIM_INFINITY else limit

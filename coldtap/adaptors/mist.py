@@ -1,0 +1,110 @@
+"""MIST, formerly MIET: a small attention network on the sum of the backbone's taps."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from coldtap.adaptors.attention import lsa_parameters
+from coldtap.adaptors.contract import (
+    AdaptorKind,
+    FeatureSpec,
+    arrays_of,
+    describe_gathers,
+    refuse_stage_network,
+    spec_of,
+)
+from coldtap.adaptors.heads import ClassifierHead, HeadNorm, Pool, head_parameters
+from coldtap.adaptors.options import require_at_least
+from coldtap.adaptors.parts import LsaOptions, build_head, lsa_stack, settle_head
+from coldtap.stores import Store
+from coldtap.stores.errors import MissingFeaturesError
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistOptions(LsaOptions):
+    """Options of MIST; `at` is the k of S_k = z0 + … + zk, `-1` the last tap of the backbone."""
+
+    at: int = -1
+    depth: int = 6
+    rank: int = 8
+    entry_norm: bool = True
+
+    def __post_init__(self) -> None:
+        LsaOptions.__post_init__(self)
+        require_at_least(1, depth=self.depth)
+
+
+class Mist(nn.Module):
+    """MIST (arXiv 2406.17559, first called MIET): low-rank attention on one gathered tensor, S_k = z0 + … + zk.
+
+    From the paper's reviews: the gather, and that the edge network is low-rank attention. Inferred: that it stacks the
+    LSA modules of LAST, their number and rank, the layer norm at its entry (the sum's scale grows with depth and a few
+    channels are huge), and the head.
+    """
+
+    def __init__(self, *, stack: nn.Module, head: ClassifierHead, channels: int, entry_norm: bool = True) -> None:
+        super().__init__()
+        self.entry = nn.LayerNorm(channels, eps=1e-6) if entry_norm else nn.Identity()
+        self.stack, self.head = stack, head
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Classifies the summed taps (batch, token, channel); returns logits (batch, class)."""
+        logits: torch.Tensor = self.head(self.stack(self.entry(features)))
+        return logits
+
+
+def mist_parameters(
+    *,
+    channels: int,
+    n_classes: int,
+    depth: int,
+    rank: int,
+    entry_norm: bool = True,
+    lsa_norm: bool = True,
+    bias: bool = False,
+    pool: Pool = "patch-mean",
+    norm: HeadNorm = "new",
+) -> int:
+    """Returns the trainable parameters: depth LSA modules, 2d for the entry's norm, and the head."""
+    modules = depth * lsa_parameters(channels=channels, rank=rank, norm=lsa_norm, bias=bias)
+    head = head_parameters(channels=channels, n_classes=n_classes, pool=pool, norm=norm)
+    return modules + 2 * channels * entry_norm + head
+
+
+def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOptions]:
+    """Chooses the stored sum S_k.
+
+    Raises:
+        MissingFeaturesError: The store holds no sum, or not at k, or a stage network.
+        OptionError: The head's options do not fit the features.
+    """
+    refuse_stage_network(store, adaptor="MIST")
+    sums = arrays_of(store, "sum")
+    if not sums:
+        raise MissingFeaturesError(
+            f"MIST needs `sum`; {store.path} holds {describe_gathers(store)}: cache again with --gather sum"
+        )
+    at = options.at if options.at >= 0 else store.depth + 1 + options.at
+    found = [array for array in sums if array.taps == (at,)]
+    if not found:
+        held = sorted(array.taps[0] for array in sums)
+        raise MissingFeaturesError(
+            f"MIST needs the sum at tap {at}; {store.path} holds sums at {', '.join(map(str, held))}: "
+            f"choose with --set at=N, or cache again with --sum-at {at}"
+        )
+    spec = spec_of(store, found[0], (at,))
+    # The backbone's norm was trained for z_N; a normalised sum has other channel means, so it gets its own norm.
+    return spec, dataclasses.replace(settle_head(options, spec, prefer_backbone=False), at=at)
+
+
+def build_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> Mist:
+    """Builds the network from shapes and planned options."""
+    channels = spec.geometry.channels
+    stack = lsa_stack(options, channels=channels, depth=options.depth)
+    head = build_head(spec, options, n_classes=n_classes)
+    return Mist(stack=stack, head=head, channels=channels, entry_norm=options.entry_norm)
+
+
+MIST = AdaptorKind(name="mist", options=MistOptions, plan=plan_mist, build=build_mist, lr=2e-3)

@@ -1,0 +1,146 @@
+"""`cache-features SOURCE STORE`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coldtap.cli.sizes import show_bytes, show_seconds
+
+TRIPLE = "three numbers with commas, one a channel"
+
+
+def cache_features(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Images: a folder of class folders (with or without train/ val/ test/), a VTAB-1K folder, a .parquet "
+            "file or a folder of them, or a .csv or .parquet list of paths."
+        ),
+    ],
+    store: Annotated[Path, typer.Argument(help="The store: a new path, or one to go on with.")],
+    model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
+    ] = False,
+    taps: Annotated[str, typer.Option(help="For layers and pooled: all, last:K, or indices such as 0,3,6.")] = "all",
+    gather: Annotated[
+        list[str] | None,
+        typer.Option(help="layers, sum or pooled; repeat it for several. Default: all that the backbone allows."),
+    ] = None,
+    sum_at: Annotated[
+        str | None, typer.Option(help="Keep z0 + … + zk at these k, such as 6,12. Default: the last tap.")
+    ] = None,
+    tier: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+    precision: Annotated[str, typer.Option(help="Of the backbone: float32, bfloat16 or float16.")] = "float32",
+    split: Annotated[
+        list[str] | None, typer.Option(help="train, val or test; repeat it for several. Default: all.")
+    ] = None,
+    views: Annotated[int, typer.Option(help="Augmented views of each training image, beside the plain one.")] = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass. Default: chosen by size.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    decode_threads: Annotated[int | None, typer.Option(help="Default: one a core.")] = None,
+    on_bad_image: Annotated[str, typer.Option(help="reject (the row is left out and listed) or fail.")] = "reject",
+    max_rejected: Annotated[float, typer.Option(help="Share of samples beyond which the run fails.")] = 0.01,
+    seed: Annotated[int, typer.Option(help="Of the row order, of a val split cut from train, and of views.")] = 0,
+    input_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the model's.")] = None,
+    crop_pct: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
+    crop_mode: Annotated[str | None, typer.Option(help="center, squash or border. Default: the model's own.")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="Such as bicubic. Default: the model's own.")] = None,
+    mean: Annotated[str | None, typer.Option(help=f"{TRIPLE}. Default: the model's own.")] = None,
+    std: Annotated[str | None, typer.Option(help=f"{TRIPLE}. Default: the model's own.")] = None,
+    allow_mixed: Annotated[
+        bool, typer.Option("--allow-mixed", help="Go on although device, torch, timm or batch size are others now.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the forecast of bytes and time, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Run a frozen backbone over SOURCE once and keep its features in STORE.
+
+    The same command goes on after any interruption, and has nothing to do when the store is complete.
+    """
+    from coldtap.cli.progress import JobProgress
+    from coldtap.pipeline.job import cache_features as cache
+
+    overrides = {
+        "input_size": input_size,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+        "interpolation": interpolation,
+        "mean": _numbers("--mean", mean),
+        "std": _numbers("--std", std),
+    }
+    with JobProgress() as progress:
+        report = cache(
+            source,
+            store,
+            model=model,
+            checkpoint=checkpoint,
+            random_weights=random_weights,
+            preprocess={name: value for name, value in overrides.items() if value is not None},
+            precision=precision,  # type: ignore[arg-type] # checked inside, with a message
+            device=device,
+            taps=taps,
+            gather=gather or None,
+            sum_at=sum_at,
+            tier=tier,  # type: ignore[arg-type]
+            split=split or None,
+            views=views,
+            seed=seed,
+            batch_size=batch_size,
+            decode_threads=decode_threads,
+            on_bad_image=on_bad_image,  # type: ignore[arg-type]
+            max_rejected=max_rejected,
+            allow_mixed=allow_mixed,
+            dry_run=dry_run,
+            reporter=progress,
+        )
+    if as_json:
+        print(json.dumps(_as_dict(report), indent=1))
+    else:
+        print(_sentence(report))
+
+
+def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
+    from coldtap.stores.errors import OptionError
+
+    if text is None:
+        return None
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"{option} {text}: expected {TRIPLE}, such as 0.5,0.5,0.5") from None
+
+
+def _as_dict(report: Any) -> dict[str, Any]:
+    ahead = report.forecast
+    return {
+        "store": str(report.store),
+        "status": report.status,
+        "digest": report.digest,
+        "rows": report.n_rows,
+        "rejected": report.n_rejected,
+        "forecast": ahead
+        and {"rows": ahead.n_rows, "bytes": ahead.n_bytes, "seconds": ahead.seconds, "free_bytes": ahead.free_bytes},
+    }
+
+
+def _sentence(report: Any) -> str:
+    rejected = f", {report.n_rejected} rejected (see rejected.parquet)" if report.n_rejected else ""
+    match report.status:
+        case "forecast":
+            ahead = report.forecast
+            size, time = show_bytes(ahead.n_bytes), show_seconds(ahead.seconds)
+            return f"would write {ahead.n_rows} rows, {size}, in about {time} to {report.store}; nothing was written"
+        case "unchanged":
+            return f"{report.store} is complete: {report.n_rows} rows{rejected}; nothing to do"
+        case "relabelled":
+            return f"{report.store} is complete: {report.n_rows} rows{rejected}; its labels were replaced"
+        case _:
+            return f"{report.store}: {report.n_rows} rows{rejected}; digest {report.digest}"

@@ -1,0 +1,79 @@
+"""`coldtap inspect STORE`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coldtap.cli.sizes import show_bytes
+
+
+def inspect(
+    store: Annotated[Path, typer.Argument(help="A store, complete or not.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show what a store is: recipe, arrays, sizes, splits, labels, ranges, complete or not."""
+    from coldtap.stores.describe import describe_store
+
+    about = describe_store(store)
+    if as_json:
+        print(json.dumps(about, indent=1, ensure_ascii=False))
+        return
+    for line in _lines(about):
+        print(line)
+
+
+def _lines(about: dict[str, Any]) -> list[str]:
+    extractor, rows, encoding = (about["recipe"][part] for part in ("extractor", "rows", "encoding"))
+    recorded = about["recorded"]
+    prep = extractor["preprocess"]
+    lines = [
+        f"store      {about['path']}  {show_bytes(about['n_bytes'])}",
+        f"state      {_state(about)}",
+        f"address    {about['address']}",
+        f"backbone   {extractor['architecture']}  ({extractor['precision']}, weights {extractor['weights'][:12]})",
+        f"input      {prep['height']} × {prep['width']}, {prep['interpolation']}, {prep['crop_mode']} crop "
+        f"{prep['crop_pct']}, mean {prep['mean']}, std {prep['std']}",
+        f"source     {recorded['source']}  views {rows['views']}, seed {rows['seed']}",
+        f"made on    {', '.join(f'{k} {v}' for k, v in recorded['environment'].items())}",
+        f"encoding   {encoding['tier']}, {encoding['layout']}, {encoding['block_rows']} rows a block",
+    ]
+    if not about["complete"]:
+        return lines
+    lines += [f"digest     {about['digest']}", f"norm       {about['norm'] or 'none'}", ""]
+    for split, of in about["splits"].items():
+        augmented = f" + {of['augmented_rows']} augmented rows" if of["augmented_rows"] else ""
+        lines.append(f"{split:<6} {of['samples']:>8} samples{augmented}{_labels(of.get('labels'))}")
+    if about["n_rejected"]:
+        lines.append(f"rejected {about['n_rejected']:>6} rows, such as:")
+        lines += [f"    {bad['source']}: {bad['reason']}" for bad in about["rejected"][:5]]
+    for array in about["arrays"]:
+        lines += ["", *_array_lines(array)]
+    return lines
+
+
+def _state(about: dict[str, Any]) -> str:
+    if about["complete"]:
+        return f"complete, {about['n_rows']} rows"
+    return f"incomplete: {about['finished_blocks']} blocks finished; run the same cache-features command to go on"
+
+
+def _labels(labels: dict[str, int] | None) -> str:
+    if not labels:
+        return ""
+    counts = list(labels.items())
+    shown = ", ".join(f"{name} {n}" for name, n in counts[:10])
+    return f"   {len(counts)} classes: {shown}{' …' if len(counts) > 10 else ''}"
+
+
+def _array_lines(array: dict[str, Any]) -> list[str]:
+    shape = ", ".join(f"{name} {n}" for name, n in zip(array["dimensions"], array["shape"], strict=True))
+    lines = [
+        f"{array['name']}  ({shape})  {array['tier']}  {show_bytes(array['bytes_per_row'])} a row, "
+        f"{show_bytes(array['n_bytes'])}"
+    ]
+    for tap, exponent, (low, high) in zip(array["taps"], array["scale_exponents"], array["ranges"], strict=False):
+        scale = f"  kept as x / 2^{exponent}" if exponent else ""
+        lines.append(f"    tap {tap:>3}  {low:>10.4g} … {high:<10.4g}{scale}")
+    return lines

@@ -1,0 +1,66 @@
+"""`coldtap predict RUN SOURCE`: the one place where backbone and adaptor meet."""
+
+import csv
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    source: Annotated[Path, typer.Argument(help="Images, with labels or without; a flat folder will do.")],
+    model: Annotated[
+        str | None, typer.Option(help="The backbone's name, where it is another than the store recorded.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="The backbone's local weights.")] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="The store was made with random weights.")
+    ] = False,
+    split: Annotated[str | None, typer.Option(help="train, val or test. Default: all images.")] = None,
+    out: Annotated[Path | None, typer.Option(help="A CSV file. Default: standard output.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 32,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Run backbone and adaptor on new images: one CSV line an image, and the accuracy where labels are known.
+
+    A backbone whose extractor is not the one that the adaptor was trained on is refused.
+    """
+    from coldtap.cli.predictor import Predictor
+    from coldtap.pipeline.sources import open_source
+    from coldtap.stores.errors import OptionError
+
+    predictor = Predictor.load(run, model=model, checkpoint=checkpoint, random_weights=random_weights, device=device)
+    images = open_source(source, labels="optional")
+    listing = images.listing
+    wanted = [i for i, of in enumerate(listing.splits) if split in (None, of)]
+    if not wanted:
+        raise OptionError(f"--split {split}: {source} has no such images, only {sorted(set(listing.splits))}")
+    results = predictor.predict(images, wanted, batch_size)
+    right = total = bad = 0
+    with _writer(out) as write:
+        write(["id", "predicted", "name", "probability", "error"])
+        for index, result in results:
+            if isinstance(result, str):
+                bad += 1
+                write([listing.ids[index], "", "", "", result])
+                continue
+            label, probability = result
+            write([listing.ids[index], label, predictor.name_of(label), f"{probability:.4f}", ""])
+            if listing.targets is not None:
+                total += 1
+                right += predictor.is_right(label, listing, index)
+    if total:
+        print(f"top-1 {right / total:.4f} on {total} labelled images", file=sys.stderr)
+    if bad:
+        print(f"{bad} images could not be used; their lines say why", file=sys.stderr)
+
+
+@contextmanager
+def _writer(out: Path | None) -> Iterator[Callable[[list[Any]], Any]]:
+    """Writes CSV lines to a file, or to standard output."""
+    with nullcontext(sys.stdout) if out is None else out.open("w", newline="", encoding="utf-8") as file:
+        yield csv.writer(file, lineterminator="\n").writerow

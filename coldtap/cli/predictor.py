@@ -1,0 +1,101 @@
+"""Backbone and adaptor joined: images in, labels out, without a store."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coldtap.adaptors import RunInfo, load_adaptor
+from coldtap.pipeline.backbone import Backbone, load_backbone
+from coldtap.pipeline.decode_ahead import Decoder
+from coldtap.pipeline.gather import gather
+from coldtap.pipeline.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.sources import Listing, Source
+from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.canonical import digest_of
+from coldtap.stores.errors import ModelError
+from coldtap.stores.recipe import differing_fields
+from coldtap.stores.rows import Row
+
+N_DECODE_THREADS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictor:
+    """A trained adaptor on the backbone that it was trained on."""
+
+    backbone: Backbone
+    adaptor: nn.Module
+    info: RunInfo
+
+    @classmethod
+    def load(
+        cls, run: Path, *, model: str | None, checkpoint: Path | None, random_weights: bool, device: str
+    ) -> "Predictor":
+        """Load a finished run and its backbone.
+
+        Raises:
+            RunError: the run cannot be read.
+            ModelError: the backbone cannot be had, or its extractor is not the run's.
+        """
+        adaptor, info = load_adaptor(run)
+        extractor = info.extractor
+        backbone = load_backbone(
+            model or info.model,
+            checkpoint=checkpoint,
+            random_weights=random_weights,
+            precision=extractor["precision"],
+            device=device,
+            preprocess=Preprocess.from_dict(extractor["preprocess"]),
+        )
+        if digest_of(backbone.extractor()) != info.extractor_digest:
+            fields = differing_fields(extractor, backbone.extractor())
+            raise ModelError(
+                f"{run} was trained on features of another extractor; give the --model or --checkpoint it was made "
+                f"with. Fields that differ (trained on → given): {'; '.join(fields)}"
+            )
+        return cls(backbone=backbone, adaptor=adaptor.to(backbone.device), info=info)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """What the adaptor reads, in float32, from (batch, channel, height, width) uint8 pixels."""
+        needed = self.info.features
+        spec = ArraySpec(gather=needed.gather, geometry=needed.geometry, taps=needed.taps, tier="float32", block_rows=1)
+        parts = [part.values.float() for part in gather(self.backbone(pixels), [spec])]
+        return parts[0] if needed.gather == "sum" else torch.stack(parts, dim=1)
+
+    def predict(
+        self, images: Source, samples: Sequence[int], batch_size: int
+    ) -> Iterator[tuple[int, tuple[int, float] | str]]:
+        """(label, probability) of each sample, or why its image cannot be used."""
+        with ThreadPoolExecutor(N_DECODE_THREADS) as pool:
+            decoder = Decoder(
+                source=images,
+                preprocess=self.backbone.preprocess,
+                augmentation=Augmentation(),
+                seed=0,
+                batch_size=batch_size,
+                pool=pool,
+                n_threads=N_DECODE_THREADS,
+            )
+            rows = [Row(number=i, sample=sample, split="test", view=0) for i, sample in enumerate(samples)]
+            for batch in decoder.batches(rows):
+                with torch.inference_mode():
+                    likely = self.adaptor(self.features(torch.from_numpy(batch.pixels))).softmax(1).max(1)
+                found = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
+                for i, (row, result) in enumerate(zip(batch.rows, found, strict=True)):
+                    yield row.sample, batch.reasons.get(i, result)
+
+    def name_of(self, label: int) -> str:
+        """A class's name, or its number where names are not known."""
+        return self.info.class_names[label] if self.info.class_names else str(label)
+
+    def is_right(self, label: int, listing: Listing, index: int) -> bool:
+        """Whether a prediction is the sample's label: by name where both sides have names."""
+        assert listing.targets is not None
+        target = listing.targets[index]
+        if listing.class_names and self.info.class_names:
+            return listing.class_names[target] == self.name_of(label)
+        return target == label

@@ -1,0 +1,57 @@
+"""`coldtap verify STORE`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coldtap.cli.sizes import show_bytes
+
+
+def verify(
+    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Also compare the images with what was read when the store was made.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
+    from coldtap.stores import open_store
+    from coldtap.stores.verify import source_problems, verify_store
+
+    result = verify_store(store)
+    problems = list(result.problems)
+    if source is not None and not problems:
+        opened = open_store(store)
+        problems += source_problems(opened, _digests_of(source, opened))
+    if as_json:
+        found = [{"where": problem.where, "what": problem.what} for problem in problems]
+        about = {"store": str(store), "digest": result.digest, "files": result.n_files, "bytes": result.n_bytes}
+        print(json.dumps({**about, "rows": result.n_rows, "problems": found}, indent=1))
+    else:
+        for problem in problems:
+            print(f"{problem.where}: {problem.what}")
+        checked = f"{result.n_files} files, {show_bytes(result.n_bytes)}, {result.n_rows} rows"
+        verdict = f"{len(problems)} problems" if problems else "nothing wrong"
+        print(f"{store}: {checked} checked{' against its source too' if source else ''}: {verdict}")
+    if problems:
+        raise typer.Exit(1)
+
+
+def _digests_of(source: Path, store: Any) -> Any:
+    from coldtap.pipeline.decode import BadImageError, content_digest
+    from coldtap.pipeline.sources import open_source
+
+    images = open_source(source, labels="optional", seed=store.recipe.rows["seed"])
+    places = {sample: index for index, sample in enumerate(images.listing.ids)}
+
+    def digest(sample: str) -> str | None:
+        if sample not in places:
+            return None
+        try:
+            return content_digest(images.read(places[sample]))
+        except BadImageError as error:
+            return str(error)
+
+    return digest

@@ -1,0 +1,184 @@
+"""A frozen backbone: what it is, what it gives, and by what it is known."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from coldtap.pipeline.final_norm import final_norm
+from coldtap.pipeline.preprocess import Preprocess, normalise
+from coldtap.pipeline.taps import TapReader, geometries_of, read_taps_of
+from coldtap.pipeline.weights import create_timm_model, weights_digest
+from coldtap.stores.arrays import Geometry
+from coldtap.stores.errors import MachineError, ModelError, OptionError
+from coldtap.stores.norm import FinalNorm
+
+type Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision.__value__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A model in eval mode on its device, with its taps.
+
+    Attributes:
+        architecture: timm's name without a pretrained tag, or the class of a module from Python.
+        module: the model itself.
+        taps: reads (batch, token, channel) tensors out of a forward pass.
+        geometries: the geometry of each tap by index.
+        preprocess: how an image becomes its input.
+        precision: dtype of weights and activations.
+        weights: SHA-256 of the float32 weights.
+        norm: the final norm, as data.
+    """
+
+    architecture: str
+    module: nn.Module
+    taps: TapReader
+    geometries: Mapping[int, Geometry]
+    preprocess: Preprocess
+    precision: Precision
+    device: torch.device
+    weights: str
+    norm: FinalNorm | None
+
+    @property
+    def depth(self) -> int:
+        """N, the index of the last tap."""
+        return len(self.geometries) - 1
+
+    def extractor(self) -> dict[str, Any]:
+        """The extractor part of a recipe: all that decides what a tap's numbers mean."""
+        names = self.taps.names()
+        return {
+            "architecture": self.architecture,
+            "weights": self.weights,
+            "quantisation": None,
+            "precision": self.precision,
+            "preprocess": self.preprocess.to_dict(),
+            "taps": [{"name": names[i], **geometry.to_dict()} for i, geometry in self.geometries.items()],
+        }
+
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        """All taps of images.
+
+        Args:
+            pixels: (batch, channel, height, width) uint8, resized and cropped, on any device.
+
+        Returns:
+            (batch, token, channel) a tap, in the backbone's precision, on its device.
+        """
+        with torch.inference_mode(), exact_float32():
+            images = normalise(pixels.to(self.device), self.preprocess, getattr(torch, self.precision))
+            return self.taps(images)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Run float32 products in float32: TF32 would keep 10 bits of mantissa."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def load_backbone(
+    model: str | nn.Module,
+    *,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    precision: Precision = "float32",
+    device: str = "auto",
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
+    taps: Sequence[str] | None = None,
+    prefix_tokens: int = 0,
+) -> Backbone:
+    """Load a backbone for extraction.
+
+    Args:
+        model: a timm name, `coldtap/vit-reference`, or any module.
+        checkpoint: local weights for a timm name.
+        random_weights: no weights at all, for a timm name.
+        precision: dtype of weights and activations.
+        device: auto, cpu, cuda or cuda:N.
+        preprocess: how images become inputs; a mapping overrides parts of the model's own configuration.
+        taps: names of submodules, for a module from Python that is no timm model.
+        prefix_tokens: tokens before the grid in named taps.
+
+    Raises:
+        ModelError: the model, its weights or its taps cannot be used.
+        MachineError: a GPU is asked for where there is none.
+        OptionError: an option has no such value.
+    """
+    if precision not in PRECISIONS:
+        raise OptionError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    place = resolve_device(device)
+    overrides = {} if isinstance(preprocess, Preprocess) else dict(preprocess or {})
+    if isinstance(model, str):
+        module = create_timm_model(
+            model, checkpoint=checkpoint, random_weights=random_weights, input_size=overrides.get("input_size")
+        )
+    else:
+        module = model.eval()
+    architecture = _architecture(module, model)
+    digest = weights_digest(module)
+    how = preprocess if isinstance(preprocess, Preprocess) else _timm_preprocess(module, overrides)
+    # Taken before the module is cast, so that the stored norm is the float32 one.
+    norm = final_norm(module)
+    module = module.requires_grad_(False).to(place, getattr(torch, precision))
+    reader = read_taps_of(module, taps, prefix_tokens)
+    blank = torch.zeros(1, len(how.mean), how.height, how.width, dtype=getattr(torch, precision), device=place)
+    with torch.inference_mode():
+        try:
+            geometries = geometries_of(reader, blank)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"{architecture} cannot run on {how.height} × {how.width} pixels: {error}") from error
+    return Backbone(
+        architecture=architecture,
+        module=module,
+        taps=reader,
+        geometries=geometries,
+        preprocess=how,
+        precision=precision,
+        device=place,
+        weights=digest,
+        norm=norm,
+    )
+
+
+def _architecture(module: nn.Module, asked: str | nn.Module) -> str:
+    if isinstance(asked, str) and asked.startswith("coldtap/"):
+        return asked
+    configured = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
+    return str(configured or type(module).__name__)
+
+
+def _timm_preprocess(module: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
+    if getattr(module, "pretrained_cfg", None) is None and not overrides:
+        raise ModelError(
+            f"{type(module).__name__} carries no preprocessing: give `preprocess=Preprocess(...)` with its input size"
+        )
+    return Preprocess.from_timm(module, overrides)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU if there is one.
+
+    Raises:
+        MachineError: a GPU that is not there.
+        OptionError: no such kind of device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise OptionError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
+    return torch.device(name)

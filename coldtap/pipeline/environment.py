@@ -1,0 +1,37 @@
+"""Where features are made: what can change their last bits, recorded beside the recipe."""
+
+from typing import Any
+
+import timm
+import torch
+
+from coldtap import __version__
+from coldtap.stores.errors import StoreError
+
+COMPARED = ("device", "torch", "timm", "batch_size")
+
+
+def describe_environment(device: torch.device, batch_size: int) -> dict[str, Any]:
+    """Device, library versions and batch size."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "coldtap": __version__,
+        "batch_size": batch_size,
+    }
+
+
+def require_same_environment(before: dict[str, Any], now: dict[str, Any], *, allow_mixed: bool) -> None:
+    """Refuse to go on with a store in another environment, unless told that a mix is fine.
+
+    Raises:
+        StoreError: naming what differs; features of the two would differ in their last bits.
+    """
+    changed = [f"{key}: {before.get(key)} → {now[key]}" for key in COMPARED if before.get(key) != now[key]]
+    if changed and not allow_mixed:
+        raise StoreError(
+            f"the store was begun elsewhere ({'; '.join(changed)}), and features would differ in their last bits: "
+            "go on there, or accept a mix with --allow-mixed (each block records where it was made)"
+        )

@@ -1,0 +1,105 @@
+"""Extraction of one block: rows in, a journal line out. Every way of running a job runs this function."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from coldtap.pipeline.backbone import Backbone
+from coldtap.pipeline.decode_ahead import DecodedBatch, Decoder
+from coldtap.pipeline.encode import BlockEncoder, Flaw
+from coldtap.pipeline.gather import gather
+from coldtap.stores.errors import InterruptedRunError, SourceError
+from coldtap.stores.journal import JournalLine, Rejection
+from coldtap.stores.writer import StoreWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extraction:
+    """All that the blocks of one job share.
+
+    Attributes:
+        backbone: the frozen model.
+        decoder: images to pixels.
+        writer: the store in the making.
+        exponents: float16 exponents of each array's taps.
+        environment: digest of where the job runs, for the journal.
+        fail_on_bad_image: raise at the first bad image instead of rejecting its row.
+        advance: called with the number of rows done, after each batch.
+        device_turn: one block at a time has the device; the others decode or write meanwhile.
+        stop: set when the job must end; blocks in flight are then dropped at their next batch.
+    """
+
+    backbone: Backbone
+    decoder: Decoder
+    writer: StoreWriter
+    exponents: Mapping[str, Sequence[int]]
+    environment: str
+    fail_on_bad_image: bool = False
+    advance: Callable[[int], None] = lambda n_rows: None
+    device_turn: threading.Lock = field(default_factory=threading.Lock)
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+def extract_block(job: Extraction, block: int) -> JournalLine:
+    """Decode, run the backbone, gather, encode and write one block.
+
+    Raises:
+        SourceError: a bad image, where the job is told to fail on one.
+        InterruptedRunError: the job was stopped.
+        MachineError: the disk is full or refuses.
+    """
+    rows = job.writer.plan.block(block)
+    batches = job.decoder.batches(rows)
+    rejected: list[Rejection] = []
+    digests: dict[int, str] = {}
+    with job.device_turn:
+        buffers = job.writer.new_buffers()
+        encoder = BlockEncoder(buffers, job.writer.specs[0].tier, job.exponents)
+        for batch in batches:
+            if job.stop.is_set():
+                raise InterruptedRunError("stopped")
+            flaws = _extract_batch(job, batch, encoder)
+            _sort_out(job, batch, flaws, digests, rejected)
+            job.advance(len(batch.rows))
+    return job.writer.write_block(
+        block,
+        buffers,
+        rejected=rejected,
+        source_sha256=digests,
+        ranges=encoder.ranges(),
+        environment=job.environment,
+    )
+
+
+def _extract_batch(job: Extraction, batch: DecodedBatch, encoder: BlockEncoder) -> dict[int, Flaw]:
+    """Features of a batch into the block's buffers; images that could not be read stay in as zeros.
+
+    So the shape of a batch, and with it the last bits of its features, does not depend on its neighbours.
+    """
+    flaws = {image: Flaw(reason=reason, tap=-1) for image, reason in batch.reasons.items()}
+    places = [row.number % job.writer.plan.block_rows for row in batch.rows]
+    taps = job.backbone(torch.from_numpy(batch.pixels))
+    with torch.inference_mode():
+        for part in gather(taps, job.writer.specs):
+            encoder.write(part, places, flaws)
+    return flaws
+
+
+def _sort_out(
+    job: Extraction,
+    batch: DecodedBatch,
+    flaws: Mapping[int, Flaw],
+    digests: dict[int, str],
+    rejected: list[Rejection],
+) -> None:
+    for image, row in enumerate(batch.rows):
+        flaw = flaws.get(image)
+        if flaw is None:
+            digests[row.number] = batch.digests[image]
+            continue
+        if job.fail_on_bad_image:
+            where = job.decoder.source.where(row.sample)
+            raise SourceError(f"{where} cannot be used: {flaw.reason} (--on-bad-image fail); finished blocks are kept")
+        rejected.append(Rejection(row=row.number, reason=flaw.reason, tap=flaw.tap if flaw.tap >= 0 else None))

@@ -1,0 +1,256 @@
+"""The job: from a source of images to a complete store, resumable at every block."""
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from coldtap.pipeline.backbone import Backbone, Precision, load_backbone
+from coldtap.pipeline.calibrate import Calibration, calibrate
+from coldtap.pipeline.decode_ahead import Decoder
+from coldtap.pipeline.environment import describe_environment, require_same_environment
+from coldtap.pipeline.extract import Extraction
+from coldtap.pipeline.forecast import Forecast, forecast, require_space
+from coldtap.pipeline.plan import JobPlan, plan_job
+from coldtap.pipeline.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.rejections import Rejections
+from coldtap.pipeline.report import CacheReport, Reporter, Silence
+from coldtap.pipeline.run_blocks import run_blocks
+from coldtap.pipeline.sources import Source, open_source
+from coldtap.pipeline.stopping import StopRequest, stop_on_signals
+from coldtap.stores.arrays import Tier
+from coldtap.stores.canonical import digest_of
+from coldtap.stores.durable import machine_errors
+from coldtap.stores.errors import InterruptedRunError, OptionError, StoreLockedError
+from coldtap.stores.journal import read_line
+from coldtap.stores.lock import StoreLock
+from coldtap.stores.recipe_file import read_recipe, require_same_recipe
+from coldtap.stores.store import open_store
+from coldtap.stores.writer import StoreWriter, is_complete, update_targets
+
+
+def cache_features(
+    source: Any,
+    store: str | Path,
+    *,
+    model: str | nn.Module = "coldtap/vit-reference",
+    checkpoint: str | Path | None = None,
+    random_weights: bool = False,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
+    tap_names: Sequence[str] | None = None,
+    prefix_tokens: int = 0,
+    precision: Precision = "float32",
+    device: str = "auto",
+    taps: str = "all",
+    gather: Sequence[str] | None = None,
+    sum_at: str | None = None,
+    tier: Tier = "float16",
+    split: Sequence[str] | None = None,
+    views: int = 0,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    decode_threads: int | None = None,
+    on_bad_image: Literal["reject", "fail"] = "reject",
+    max_rejected: float = 0.01,
+    allow_mixed: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> CacheReport:
+    """Run a frozen backbone over a source once and keep its features in a store.
+
+    Args:
+        source: a path that `open_source` understands, a source, or any indexable of (image, target).
+        store: where the store is, or will be. The same recipe goes on, or has nothing to do.
+        model: a timm name, `coldtap/vit-reference`, or any module.
+        checkpoint: local weights for a timm name.
+        random_weights: no trained weights, for measurements.
+        preprocess: overrides of the model's own configuration, or all of it.
+        tap_names: submodules whose outputs are the taps, for a module that is no timm model.
+        prefix_tokens: tokens before the grid in such outputs.
+        precision: dtype of the backbone.
+        device: auto, cpu, cuda or cuda:N.
+        taps: `all`, `last:K`, or indices with commas: for `layers` and `pooled`.
+        gather: `layers`, `sum`, `pooled`; None for all that the backbone allows.
+        sum_at: k of the sums z0 + … + zk, with commas; None for the last tap.
+        tier: how numbers are kept.
+        split: splits to keep; None for all that the source has.
+        views: augmented views of each training image, beside view 0.
+        augmentation: how they are drawn.
+        seed: of the row order, of a val split cut from train, and of the views.
+        batch_size: images a forward pass; None goes on as the store began, or chooses.
+        decode_threads: None for one a core.
+        on_bad_image: `reject` the row and go on, or `fail`.
+        max_rejected: share of samples beyond which the job fails.
+        allow_mixed: go on where another device, torch, timm or batch size began.
+        dry_run: forecast, and write nothing.
+        reporter: told what happens.
+
+    Raises:
+        ColdtapError: one of its kinds (`coldtap.stores.errors`), always with what to do.
+    """
+    _check_options(batch_size, decode_threads, max_rejected, on_bad_image)
+    told = reporter or Silence()
+    path = Path(store)
+    found = read_recipe(path)
+    images = _as_source(source, seed)
+    for note in images.listing.notes:
+        told.note(note)
+    backbone = load_backbone(
+        model,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        random_weights=random_weights,
+        precision=precision,
+        device=device,
+        preprocess=preprocess,
+        taps=tap_names,
+        prefix_tokens=prefix_tokens,
+    )
+    plan = plan_job(
+        images,
+        backbone,
+        taps=taps,
+        gather=gather,
+        sum_at=sum_at,
+        tier=tier,
+        split=split,
+        views=views,
+        augmentation=augmentation,
+        seed=seed,
+    )
+    recorded: Mapping[str, Any] = {}
+    if found is not None:
+        require_same_recipe(path, found[0], plan.recipe)
+        recorded = found[1]
+        if is_complete(path):
+            return _relabel(path, plan)
+    size = batch_size or recorded.get("environment", {}).get("batch_size") or choose_batch_size(backbone)
+    environment = describe_environment(backbone.device, size)
+    if found is not None:
+        require_same_environment(recorded["environment"], environment, allow_mixed=allow_mixed)
+    n_threads = decode_threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads, thread_name_prefix="decode") as pool:
+        decoder = Decoder(
+            source=images,
+            preprocess=backbone.preprocess,
+            augmentation=plan.augmentation,
+            seed=seed,
+            batch_size=size,
+            pool=pool,
+            n_threads=n_threads,
+        )
+        calibration = calibrate(backbone, decoder, plan.specs, plan.rows)
+        recorded = recorded or {
+            "environment": environment,
+            "model": model if isinstance(model, str) else type(model).__name__,
+            "source": images.name,
+            "scale_exponents": calibration.exponents,
+        }
+        writer = StoreWriter(path, plan.recipe, plan.specs, plan.rows)
+        todo, ahead = _look_ahead(writer, calibration, told, resume=found is not None)
+        if dry_run:
+            return CacheReport(store=path, status="forecast", digest=None, n_rows=0, n_rejected=0, forecast=ahead)
+        require_space(path, ahead)
+        with machine_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+        with StoreLock(path), stop_on_signals() as request:
+            if is_complete(path) or (found is None and read_recipe(path) is not None):
+                raise StoreLockedError(f"another job wrote to {path} meanwhile: run the same command again")
+            writer.start(recorded, backbone.norm)
+            extraction = Extraction(
+                backbone=backbone,
+                decoder=decoder,
+                writer=writer,
+                exponents=recorded["scale_exponents"],
+                environment=digest_of(environment),
+                fail_on_bad_image=on_bad_image == "fail",
+                advance=told.advance,
+                stop=request.event,
+            )
+            rejections = _extract(extraction, todo, Rejections(plan.rows, images, max_rejected), request)
+            digest = writer.finish(images.listing.ids, images.where, plan.targets())
+    return CacheReport(
+        store=path,
+        status="written",
+        digest=digest,
+        n_rows=plan.rows.n_planned - rejections.n_rows,
+        n_rejected=rejections.n_rows,
+        forecast=ahead,
+    )
+
+
+def _check_options(batch_size: int | None, decode_threads: int | None, max_rejected: float, on_bad_image: str) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
+    if decode_threads is not None and decode_threads < 1:
+        raise OptionError(f"--decode-threads {decode_threads}: give at least 1")
+    if not 0 <= max_rejected <= 1:
+        raise OptionError(f"--max-rejected {max_rejected}: give a share from 0 to 1")
+    if on_bad_image not in ("reject", "fail"):
+        raise OptionError(f"--on-bad-image {on_bad_image}: choose reject or fail")
+
+
+def _as_source(source: Any, seed: int) -> Source:
+    if hasattr(source, "listing") and hasattr(source, "read"):
+        opened: Source = source
+        return opened
+    return open_source(source, seed=seed)
+
+
+def choose_batch_size(backbone: Backbone) -> int:
+    """Images a batch: a power of two from 4 to 256 that keeps one tap near a million numbers, 16 on a GPU.
+
+    Measured on two cores (`docs/log.md`): a tap that stays in the cache runs fastest.
+    """
+    largest = max(geometry.tokens * geometry.channels for geometry in backbone.geometries.values())
+    budget = 2**24 if backbone.device.type == "cuda" else 2**20
+    return min(max(1 << ((budget // largest).bit_length() - 1), 4), 256) if budget >= largest else 4
+
+
+def _relabel(path: Path, plan: JobPlan) -> CacheReport:
+    """The store is complete; its targets may be others now."""
+    with StoreLock(path):
+        changed = [update_targets(path, name, data) for name, data in plan.targets().items()]
+    there = open_store(path)
+    return CacheReport(
+        store=path,
+        status="relabelled" if any(changed) else "unchanged",
+        digest=there.digest,
+        n_rows=there.n_rows,
+        n_rejected=plan.rows.n_planned - there.n_rows,
+        forecast=None,
+    )
+
+
+def _look_ahead(
+    writer: StoreWriter, calibration: Calibration, told: Reporter, *, resume: bool
+) -> tuple[list[int], Forecast]:
+    """The blocks that are not there yet, and what they will take."""
+    done = set(writer.finished_blocks()) if resume else set()
+    todo = [block for block in range(writer.plan.n_blocks) if block not in done]
+    ahead = forecast(writer.store, writer.specs, writer.plan, todo, calibration.rows_per_second)
+    if resume:
+        told.note(f"going on with {writer.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
+    told.forecast(ahead)
+    return todo, ahead
+
+
+def _extract(job: Extraction, todo: Sequence[int], rejections: Rejections, request: StopRequest) -> Rejections:
+    """Do the missing blocks, and count the rejections of all."""
+    missing = set(todo)
+    store, n_blocks = job.writer.store, job.writer.plan.n_blocks
+    for block in range(n_blocks):
+        if block not in missing and (line := read_line(store, block)):
+            rejections.count(line)
+    try:
+        for line in run_blocks(job, todo):
+            rejections.count(line)
+    except InterruptedRunError:
+        there = len(job.writer.finished_blocks())
+        raise request.error(
+            f"stopped: {there} of {n_blocks} blocks of {store} are there and stay; run the same command to go on"
+        ) from None
+    return rejections

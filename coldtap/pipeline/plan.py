@@ -1,0 +1,99 @@
+"""The plan of a job: from what the user asks to a recipe, the arrays and the rows."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from coldtap.pipeline.backbone import Backbone
+from coldtap.pipeline.calibrate import CALIBRATION_ROWS
+from coldtap.pipeline.preprocess import Augmentation
+from coldtap.pipeline.sources import Source
+from coldtap.pipeline.tap_choice import choose_gathers
+from coldtap.stores.arrays import TIERS, ArraySpec, Tier, plan_arrays
+from coldtap.stores.errors import OptionError
+from coldtap.stores.index import targets_bytes
+from coldtap.stores.recipe import Recipe
+from coldtap.stores.rows import SPLITS, RowPlan
+from coldtap.stores.tiers import HEADROOM
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """All that is decided before an image is read."""
+
+    source: Source
+    backbone: Backbone
+    augmentation: Augmentation
+    seed: int
+    specs: tuple[ArraySpec, ...]
+    rows: RowPlan
+    recipe: Recipe
+
+    def targets(self) -> dict[str, bytes]:
+        """The targets' tables by name, as Parquet bytes; none for a source without labels."""
+        listing = self.source.listing
+        if listing.targets is None:
+            return {}
+        samples = sorted(sample for order in self.rows.order.values() for sample in order)
+        ids = [listing.ids[sample] for sample in samples]
+        return {"label": targets_bytes(ids, [listing.targets[s] for s in samples], listing.class_names)}
+
+
+def plan_job(
+    source: Source,
+    backbone: Backbone,
+    *,
+    taps: str,
+    gather: Sequence[str] | None,
+    sum_at: str | None,
+    tier: Tier,
+    split: Sequence[str] | None,
+    views: int,
+    augmentation: Augmentation | None,
+    seed: int,
+) -> JobPlan:
+    """Plan a job; the arguments are those of `cache_features`.
+
+    Raises:
+        OptionError: a choice that the source or the backbone does not allow.
+        ModelError: a tap that the backbone does not have.
+    """
+    if tier not in TIERS:
+        raise OptionError(f"--tier {tier}: choose one of {', '.join(TIERS)}")
+    if views < 0:
+        raise OptionError(f"--views {views}: give 0 or more augmented views of each training image")
+    if unknown := sorted(set(split or ()) - set(SPLITS)):
+        raise OptionError(f"--split {unknown[0]}: choose among {', '.join(SPLITS)}")
+    one_geometry = len(set(backbone.geometries.values())) == 1
+    gathers = choose_gathers(gather, taps, sum_at, depth=backbone.depth, one_geometry=one_geometry)
+    specs = plan_arrays(backbone.geometries, gathers, tier)
+    listing = source.listing
+    present = set(listing.splits)
+    rows = RowPlan.of(
+        listing.ids,
+        listing.splits,
+        keep=[name for name in SPLITS if name in (split or present)],
+        views=views,
+        seed=seed,
+        block_rows=specs[0].block_rows,
+    )
+    drawn = augmentation or Augmentation()
+    recipe = Recipe(
+        extractor=backbone.extractor(),
+        rows={
+            "listing": listing.fingerprint,
+            "splits": {name: len(samples) for name, samples in rows.order.items()},
+            "seed": seed,
+            "views": views,
+            "augmentation": drawn.to_dict() if views else None,
+        },
+        encoding={
+            "gathers": {name: list(chosen) for name, chosen in gathers.items()},
+            "tier": tier,
+            "scales": {"rule": "power of two", "headroom": HEADROOM, "calibration_rows": CALIBRATION_ROWS},
+            "layout": "fast",
+            "block_rows": rows.block_rows,
+        },
+    )
+    return JobPlan(
+        source=source, backbone=backbone, augmentation=drawn, seed=seed, specs=specs, rows=rows, recipe=recipe
+    )

@@ -1,0 +1,219 @@
+"""Any Python object that gives (image, target) by index: a torchvision data set, a list, a dict of splits."""
+
+import operator
+import threading
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from coldtap.pipeline.decode import RAW_IMAGE_TYPES, BadImageError, RawImage, content_digest
+from coldtap.pipeline.sources.labels import NULL
+from coldtap.pipeline.sources.listing import Listing, fingerprint_of, make_listing
+from coldtap.pipeline.sources.splits import ACCEPTED, Labels, canonical_split
+from coldtap.stores.errors import SourceError
+
+FINGERPRINT_SAMPLES = 64
+
+
+@runtime_checkable
+class Indexable(Protocol):
+    """A length, and an item (image, target) for each index below it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class _Part(NamedTuple):
+    """One split, or the whole source where it has none."""
+
+    split: str | None
+    data: Indexable
+    start: int  # index in the source of its first item
+
+
+class _Probe(NamedTuple):
+    """What one item looked like when it was listed."""
+
+    at: int  # index in the source
+    digest: str
+    target: int | None
+
+
+class IndexableSource:
+    """Images that Python code gives.
+
+    There is no cheap size, so the fingerprint is of the content of up to 64 evenly spaced items. An object whose
+    images change from one access to the next, as with random transforms, is another source each time it is
+    opened: leave augmentation to coldtap's views.
+
+    Targets are taken from `.targets` or `.labels` where the probed items agree with them, else from the items,
+    which decodes each image once.
+
+    Items are fetched by one thread at a time, since few such objects can do more (a shared file handle gives
+    wrong images, not errors). What decodes inside the object therefore does so on one core.
+    """
+
+    def __init__(self, source: Indexable | Mapping[str, Indexable], *, labels: Labels, seed: int) -> None:
+        self.name = type(source).__name__
+        self._lock = threading.Lock()
+        self._parts = _parts(source, self.name)
+        self._labelled = self._check_first(labels)
+        self.listing = self._list(labels, seed)
+
+    def read(self, index: int) -> RawImage:
+        """Return the image of an item.
+
+        Raises:
+            BadImageError: The object raised an error, or gave no image.
+        """
+        try:
+            image = self._image(self._item(index))
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the object's own code raises
+            raise BadImageError(f"{type(error).__name__}: {error}") from error
+        if not isinstance(image, RAW_IMAGE_TYPES):
+            raise BadImageError(f"not an image: a {type(image).__name__}")
+        return image
+
+    def where(self, index: int) -> str:
+        """Return 'item 12', or 'item 12 of val'."""
+        part = self._part(index)
+        return f"item {index - part.start}" + (f" of {part.split}" if part.split else "")
+
+    def _part(self, index: int) -> _Part:
+        return next(part for part in reversed(self._parts) if part.start <= index)
+
+    def _item(self, index: int) -> Any:
+        part = self._part(index)
+        with self._lock:
+            return part.data[index - part.start]
+
+    def _image(self, item: Any) -> Any:
+        return item[0] if self._labelled else item
+
+    def _target(self, index: int, item: Any) -> int:
+        target = item[1]
+        if target is None:
+            return NULL
+        try:
+            return operator.index(target)
+        except TypeError:
+            raise SourceError(
+                f"{self.name}: the target of {self.where(index)} is a {type(target).__name__}; wanted an integer"
+            ) from None
+
+    def _check_first(self, labels: Labels) -> bool:
+        """Look at the first item, and say whether items are pairs of image and target."""
+        first = next((part.start for part in self._parts if len(part.data)), None)
+        if first is None:
+            raise SourceError(f"{self.name}: no items")
+        try:
+            item = self._item(first)
+        except Exception as error:
+            raise SourceError(f"{self.name}: {self.where(first)} failed: {error!r}") from error
+        pair = isinstance(item, (tuple, list)) and len(item) == 2
+        image = item[0] if pair else item
+        if not isinstance(image, RAW_IMAGE_TYPES) or not (pair or labels == "optional"):
+            found = "({})".format(", ".join(type(x).__name__ for x in item)) if pair else type(item).__name__
+            raise SourceError(
+                f"{self.name}: {self.where(first)} is {found}; wanted (image, target), the image a PIL image, "
+                "an array, a tensor, or the bytes of an encoded file"
+            )
+        return pair
+
+    def _list(self, labels: Labels, seed: int) -> Listing:
+        count = sum(len(part.data) for part in self._parts)
+        spaced = np.unique(np.linspace(0, count - 1, FINGERPRINT_SAMPLES).astype(np.int64))
+        probes = [self._probe(index) for index in spaced.tolist()]
+        ids = [
+            f"{part.split}/{index}" if part.split else str(index)
+            for part in self._parts
+            for index in range(len(part.data))
+        ]
+        return make_listing(
+            name=self.name,
+            ids=ids,
+            splits=None if self._parts[0].split is None else [self._part(i).split for i in range(count)],
+            targets=self._targets(probes) if self._labelled else None,
+            class_names=self._class_names(),
+            fingerprint=fingerprint_of(ids, more=[probe.digest for probe in probes], name=self.name),
+            place=self.where,
+            labels=labels,
+            seed=seed,
+        )
+
+    def _probe(self, index: int) -> _Probe:
+        try:
+            item = self._item(index)
+            digest = content_digest(self._image(item))
+        except Exception:  # will be a rejected sample when it is read
+            return _Probe(index, "unreadable", None)
+        return _Probe(index, digest, self._target(index, item) if self._labelled else None)
+
+    def _targets(self, probes: list[_Probe]) -> npt.NDArray[np.int64]:
+        declared = [_declared(part.data) for part in self._parts]
+        columns = [column for column in declared if column is not None]
+        if len(columns) == len(self._parts):
+            whole: npt.NDArray[np.int64] = np.concatenate(columns)
+            if all(probe.target in (None, whole[probe.at]) for probe in probes):
+                return whole
+        return np.array([self._target_of(index) for part in self._parts for index in _indices(part)], np.int64)
+
+    def _target_of(self, index: int) -> int:
+        try:
+            item = self._item(index)
+        except Exception as error:
+            raise SourceError(
+                f"{self.name}: {self.where(index)} failed: {error!r}; "
+                "an object with .targets is listed without reading its items"
+            ) from error
+        return self._target(index, item)
+
+    def _class_names(self) -> list[str] | None:
+        names = getattr(self._parts[0].data, "classes", None)
+        if not isinstance(names, (list, tuple)):
+            return None
+        return [name if isinstance(name, str) else repr(name) for name in names]
+
+
+def _parts(source: Indexable | Mapping[str, Indexable], name: str) -> list[_Part]:
+    if not isinstance(source, Mapping):
+        return [_Part(None, source, 0)]
+    parts: list[_Part] = []
+    start = 0
+    for key, data in source.items():
+        split = canonical_split(str(key))
+        if split is None:
+            raise SourceError(f"{name}: unknown split {key!r}; accepted: {ACCEPTED}")
+        if split in [part.split for part in parts]:
+            raise SourceError(f"{name}: two keys are the {split} split: {', '.join(map(str, source))}")
+        if not isinstance(data, Indexable):
+            raise SourceError(f"{name}: split {key!r} is a {type(data).__name__}; wanted (image, target) by index")
+        parts.append(_Part(split, data, start))
+        start += len(data)
+    if not parts:
+        raise SourceError(f"{name}: no splits; accepted: {ACCEPTED}")
+    return parts
+
+
+def _indices(part: _Part) -> range:
+    return range(part.start, part.start + len(part.data))
+
+
+def _declared(data: Indexable) -> npt.NDArray[np.int64] | None:
+    """Return `.targets` or `.labels` if it is a plain column of integers."""
+    for attribute in ("targets", "labels"):
+        found = getattr(data, attribute, None)
+        if found is None:
+            continue
+        try:
+            column = np.asarray(found)
+        except (TypeError, ValueError):
+            return None
+        if column.shape == (len(data),) and np.issubdtype(column.dtype, np.integer):
+            return column.astype(np.int64)
+    return None

@@ -1,0 +1,89 @@
+"""What `inspect` shows of a store, complete or not."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from coldtap.stores.errors import StoreError
+from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, read_table
+from coldtap.stores.journal import JOURNAL, read_line
+from coldtap.stores.manifest import FEATURES, files_of
+from coldtap.stores.recipe_file import read_recipe
+from coldtap.stores.store import Store
+from coldtap.stores.writer import is_complete
+
+
+def describe_store(path: str | Path) -> dict[str, Any]:
+    """Recipe, arrays, sizes, splits, labels, ranges and state of a store, as JSON.
+
+    Raises:
+        StoreError: there is no store at `path`.
+        CorruptStoreError: its recipe, metadata or tables cannot be read.
+    """
+    store = Path(path)
+    found = read_recipe(store)
+    if found is None:
+        raise StoreError(f"there is no store at {store}: make one with `cache-features SOURCE {store}`")
+    recipe, recorded = found
+    files = files_of(store)
+    about: dict[str, Any] = {
+        "path": str(store),
+        "complete": is_complete(store),
+        "address": recipe.address,
+        "recipe": {part: dict(getattr(recipe, part)) for part in ("extractor", "rows", "encoding")},
+        "recorded": recorded,
+        "n_bytes": sum((store / name).stat().st_size for name in files),
+        "finished_blocks": sum(name.startswith(f"{JOURNAL}/") and name.endswith(".json") for name in files),
+    }
+    return about | _contents(Store(store), files) if about["complete"] else about
+
+
+def _contents(store: Store, files: set[str]) -> dict[str, Any]:
+    rejected = read_table(store.path / REJECTED, REJECTED_SCHEMA)
+    return {
+        "digest": store.digest,
+        "n_rows": store.n_rows,
+        "n_rejected": rejected.num_rows,
+        "rejected": rejected.slice(0, 20).to_pylist(),
+        "splits": {split: _split(store, split) for split in store.splits},
+        "norm": store.norm.kind if store.norm else None,
+        "arrays": [_array(store, name, files) for name in store.arrays],
+    }
+
+
+def _split(store: Store, split: str) -> dict[str, Any]:
+    rows = store.rows(split)
+    views = sum(len(store.rows(split, view)) for view in range(1, store.views + 1))
+    about: dict[str, Any] = {"samples": len(rows), "augmented_rows": views}
+    if "targets/label.parquet" in store.entries:
+        names = store.class_names()
+        counts = Counter(store.targets(rows).tolist())
+        about["labels"] = {names[label] if names else str(label): n for label, n in sorted(counts.items())}
+    return about
+
+
+def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
+    array = store.arrays[name]
+    shards = [file for file in files if file.startswith(f"{FEATURES}/{name}/c/")]
+    return {
+        "name": name,
+        "shape": [array.n_rows, *array.row_shape],
+        "dimensions": list(array.spec.dimensions),
+        "taps": list(array.taps),
+        "tier": array.spec.tier,
+        "scale_exponents": list(array.exponents),
+        "bytes_per_row": array.bytes_per_row,
+        "n_bytes": sum((store.path / file).stat().st_size for file in shards),
+        "ranges": _ranges(store, name, len(array.taps)),
+    }
+
+
+def _ranges(store: Store, name: str, n_taps: int) -> list[list[float]]:
+    """Smallest and largest value of each tap over all blocks, from the journal."""
+    ranges: list[list[float]] = [[float("inf"), float("-inf")] for _ in range(n_taps)]
+    block = 0
+    while (line := read_line(store.path, block)) is not None:
+        for total, (low, high) in zip(ranges, line.ranges.get(name, ()), strict=False):
+            total[0], total[1] = min(total[0], low), max(total[1], high)
+        block += 1
+    return [pair for pair in ranges if pair[0] <= pair[1]]
