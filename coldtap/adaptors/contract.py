@@ -19,7 +19,7 @@ from torch import nn
 
 from coldtap.adaptors.heads import FrozenNorm, NormKind
 from coldtap.stores import FinalNorm, Store, StoredArray
-from coldtap.stores.arrays import Gather, Geometry
+from coldtap.stores.arrays import GATHERS, Gather, Geometry
 from coldtap.stores.errors import MissingFeaturesError
 
 
@@ -94,7 +94,7 @@ def arrays_of(store: Store, gather: Gather) -> list[StoredArray]:
 
 def describe_gathers(store: Store) -> str:
     """Says which gathers a store holds, for messages: `sum, pooled`."""
-    return ", ".join(dict.fromkeys(array.gather for array in store.arrays.values())) or "no features"
+    return ", ".join(gather for gather in GATHERS if arrays_of(store, gather)) or "no features"
 
 
 def refuse_stage_network(store: Store, *, adaptor: str) -> None:

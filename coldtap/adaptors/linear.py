@@ -77,8 +77,8 @@ def _find_tap(store: Store, tap: int, gathers: tuple[Gather, ...]) -> tuple[Stor
     held = sorted({tap for array in arrays for tap in array.taps})
     raise MissingFeaturesError(
         f"linear needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.path} holds "
-        f"{describe_gathers(store)}, there with taps {held}: choose with --set tap=N, "
-        f"or cache again with --gather {gathers[0]} --taps all"
+        f"{describe_gathers(store)}{f', there with taps {held}: choose with --set tap=N, or' if held else ':'} "
+        f"cache again with --gather {gathers[0]} --taps all"
     )
 
 

@@ -6,7 +6,7 @@ read, its default is the option's default, and `__post_init__` checks the range.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAliasType, get_args, get_origin, get_type_hints
 
 from coldtap.stores.errors import OptionError
 
@@ -34,7 +34,10 @@ def parse_options[OptionsT](options_type: type[OptionsT], settings: Mapping[str,
         if name not in defaults:
             known = ", ".join(f"{key}={default}" for key, default in defaults.items())
             raise OptionError(f"adaptor {adaptor} has no option {name!r}; it knows {known}")
-        values[name] = _parse_value(name, str(value).strip(), hints[name])
+        hint = hints[name]
+        # `type X = …` is an object of its own: look at what it names.
+        hint = hint.__value__ if isinstance(hint, TypeAliasType) else hint
+        values[name] = _parse_value(name, str(value).strip(), hint)
     return options_type(**values)
 
 

@@ -44,11 +44,11 @@ class RunSettings:
     extractor_digest: str
 
     def differences(self, other: "RunSettings") -> list[str]:
-        """Returns each setting that differs in `other`, as `name: here → there`."""
+        """Returns each setting that differs in `other`, as `name: here → there`; of two adaptors, that alone."""
+        if self.adaptor != other.adaptor:
+            return [f"adaptor: {self.adaptor} → {other.adaptor}"]
         mine, theirs = _flat(self), _flat(other)
-        names = list(dict.fromkeys([*mine, *theirs]))
-        pairs = [(name, mine.get(name, "(absent)"), theirs.get(name, "(absent)")) for name in names]
-        return [f"{name}: {old} → {new}" for name, old, new in pairs if old != new]
+        return [f"{name}: {old} → {theirs[name]}" for name, old in mine.items() if old != theirs[name]]
 
 
 def _flat(settings: RunSettings) -> dict[str, Any]:

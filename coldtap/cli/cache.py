@@ -15,11 +15,12 @@ def cache_features(
     source: Annotated[
         Path,
         typer.Argument(
+            metavar="SOURCE",
             help="Images: a folder of class folders (with or without train/ val/ test/), a VTAB-1K folder, a .parquet "
-            "file or a folder of them, or a .csv or .parquet list of paths."
+            "file or a folder of them, or a .csv or .parquet list of paths.",
         ),
     ],
-    store: Annotated[Path, typer.Argument(help="The store: a new path, or one to go on with.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="The store: a new path, or one to go on with.")],
     model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
     checkpoint: Annotated[
         Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")

@@ -10,7 +10,7 @@ from coldtap.cli.sizes import show_bytes
 
 
 def inspect(
-    store: Annotated[Path, typer.Argument(help="A store, complete or not.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, complete or not.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what a store is: recipe, arrays, sizes, splits, labels, ranges, complete or not."""

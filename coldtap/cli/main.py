@@ -5,9 +5,11 @@ Exit codes: 0 done · 1 `verify` found problems · 2 an option · 3 images or la
 8 too many images rejected · 9 a run folder · 130 Ctrl-C · 143 SIGTERM.
 """
 
+import functools
+import os
 import sys
+from collections.abc import Callable
 
-import click
 import typer
 
 from coldtap.cli.cache import cache_features
@@ -18,6 +20,30 @@ from coldtap.cli.verify import verify
 from coldtap.stores.errors import ColdtapError
 
 HELP = "Run a frozen vision backbone once, keep its features, train small adaptors from them alone."
+
+
+def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
+    """A command whose user's mistakes end in one line and an exit code, never in a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except ColdtapError as error:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            print("stopped; what was finished is kept: run the same command to go on", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:  # `| head` has seen enough; what is left must not fail again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+
+    return run
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _app(help_text: str | None = None) -> typer.Typer:
@@ -31,64 +57,47 @@ def _app(help_text: str | None = None) -> typer.Typer:
 
 
 app = _app(HELP)
-app.command("cache-features")(cache_features)
-app.command("train-adaptor")(train_adaptor)
-app.command("predict")(predict)
-app.command("inspect")(inspect)
-app.command("verify")(verify)
+app.command("cache-features")(guarded(cache_features))
+app.command("train-adaptor")(guarded(train_adaptor))
+app.command("predict")(guarded(predict))
+app.command("inspect")(guarded(inspect))
+app.command("verify")(guarded(verify))
 
 
-@app.callback()
-def _version(
-    version: bool = typer.Option(False, "--version", is_eager=True, help="Print the version and exit."),
-) -> None:
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from coldtap import __version__
 
         print(__version__)
         raise typer.Exit
 
 
-def run(command: typer.Typer) -> None:
-    """Run a command; a user's mistake ends in one line and its exit code, never in a traceback."""
-    try:
-        code = command(standalone_mode=False)
-    except ColdtapError as error:
-        print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        print("stopped; what was finished is kept: run the same command to go on", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
-        sys.exit(0)
-    sys.exit(code or 0)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+    ),
+) -> None:
+    pass
 
 
 def main() -> None:
     """The `coldtap` script."""
-    run(app)
+    app()
 
 
 def cache_features_main() -> None:
     """The `cache-features` script."""
     single = _app()
-    single.command("cache-features")(cache_features)
-    run(single)
+    single.command("cache-features")(guarded(cache_features))
+    single()
 
 
 def train_adaptor_main() -> None:
     """The `train-adaptor` script."""
     single = _app()
-    single.command("train-adaptor")(train_adaptor)
-    run(single)
+    single.command("train-adaptor")(guarded(train_adaptor))
+    single()
 
 
 if __name__ == "__main__":

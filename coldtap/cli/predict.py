@@ -11,8 +11,10 @@ import typer
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    source: Annotated[Path, typer.Argument(help="Images, with labels or without; a flat folder will do.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Images, with labels or without; a flat folder will do.")
+    ],
     model: Annotated[
         str | None, typer.Option(help="The backbone's name, where it is another than the store recorded.")
     ] = None,

@@ -9,7 +9,7 @@ import typer
 
 
 def train_adaptor(
-    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
     adaptor: Annotated[str, typer.Option(help="linear, mist or last.")],
     out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with.")],
     epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,

@@ -10,7 +10,7 @@ from coldtap.cli.sizes import show_bytes
 
 
 def verify(
-    store: Annotated[Path, typer.Argument(help="A complete store.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
     source: Annotated[
         Path | None, typer.Option(help="Also compare the images with what was read when the store was made.")
     ] = None,
