@@ -10,6 +10,7 @@ Everything here may be called from many threads at once.
 
 import hashlib
 import io
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ type RawImage = bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
 """The bytes of an encoded image file, or an image that Python code has already decoded."""
 
 RAW_IMAGE_TYPES = (bytes, Image.Image, np.ndarray, torch.Tensor)
+# Not all that Pillow knows: it hands EPS, for one, to Ghostscript, whatever the file is called.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
 CHANNEL_COUNTS = (1, 3, 4)
 
@@ -73,7 +76,7 @@ def _open(encoded: bytes) -> Image.Image:
     if not encoded:
         raise BadImageError("empty: 0 bytes")
     try:
-        return Image.open(io.BytesIO(encoded))
+        return Image.open(io.BytesIO(encoded), formats=_formats())
     except UnidentifiedImageError as error:
         raise BadImageError(f"not an image: starts with {encoded[:8]!r}") from error
     # Pillow only warns between one and two times its limit. Where warnings are errors, that raises too.
@@ -83,6 +86,12 @@ def _open(encoded: bytes) -> Image.Image:
         raise
     except Exception as error:
         raise BadImageError(_broken(encoded, None, error)) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(form for form in FORMATS if form in Image.OPEN)  # Pillow learnt AVIF in 11.3
 
 
 def _refuse_bomb(image: Image.Image) -> None:
@@ -121,7 +130,7 @@ def _broken(raw: RawImage, form: str | None, error: Exception) -> str:
     encoded = raw if isinstance(raw, bytes) else b""
     form = form or ("JPEG" if encoded.startswith(b"\xff\xd8") else "image")
     if encoded and "truncated" in str(error).lower():
-        return f"truncated: {len(raw)} bytes of a {form}"
+        return f"truncated: {len(encoded)} bytes of a {form}"
     return f"broken {form}: {_one_line(error)}"
 
 
