@@ -3,13 +3,14 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from coldtap.pipeline.backbone import Backbone, Precision, load_backbone
-from coldtap.pipeline.calibrate import Calibration, calibrate
+from coldtap.pipeline.calibrate import calibrate
 from coldtap.pipeline.decode_ahead import Decoder
 from coldtap.pipeline.environment import describe_environment, require_same_environment
 from coldtap.pipeline.extract import Extraction
@@ -121,16 +122,25 @@ def cache_features(
         augmentation=augmentation,
         seed=seed,
     )
-    recorded: Mapping[str, Any] = {}
     if found is not None:
         require_same_recipe(path, found[0], plan.recipe)
-        recorded = found[1]
         if is_complete(path):
             return _relabel(path, plan)
-    size = batch_size or recorded.get("environment", {}).get("batch_size") or choose_batch_size(backbone)
+    began = found[1]["environment"] if found else {}
+    size = batch_size or began.get("batch_size") or choose_batch_size(backbone)
     environment = describe_environment(backbone.device, size)
     if found is not None:
-        require_same_environment(recorded["environment"], environment, allow_mixed=allow_mixed)
+        require_same_environment(began, environment, allow_mixed=allow_mixed)
+    work = _Work(
+        store=path,
+        plan=plan,
+        model=model if isinstance(model, str) else type(model).__name__,
+        environment=environment,
+        recorded=found[1] if found else None,
+        fail_on_bad_image=on_bad_image == "fail",
+        max_rejected=max_rejected,
+        told=told,
+    )
     n_threads = decode_threads or os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads, thread_name_prefix="decode") as pool:
         decoder = Decoder(
@@ -142,44 +152,95 @@ def cache_features(
             pool=pool,
             n_threads=n_threads,
         )
-        calibration = calibrate(backbone, decoder, plan.specs, plan.rows)
-        recorded = recorded or {
-            "environment": environment,
-            "model": model if isinstance(model, str) else type(model).__name__,
-            "source": images.name,
-            "scale_exponents": calibration.exponents,
-        }
-        writer = StoreWriter(path, plan.recipe, plan.specs, plan.rows)
-        todo, ahead = _look_ahead(writer, calibration, told, resume=found is not None)
+        return work.run(decoder, dry_run=dry_run)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """A planned job on a store that is not complete; `recorded` is what an earlier call wrote beside the recipe."""
+
+    store: Path
+    plan: JobPlan
+    model: str
+    environment: dict[str, Any]
+    recorded: Mapping[str, Any] | None
+    fail_on_bad_image: bool
+    max_rejected: float
+    told: Reporter
+
+    def run(self, decoder: Decoder, *, dry_run: bool) -> CacheReport:
+        """Calibrate, forecast, and do the blocks that are not there yet."""
+        plan = self.plan
+        writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
+        calibration = calibrate(plan.backbone, decoder, plan.specs, plan.rows)
+        todo, ahead = self._look_ahead(writer, calibration.rows_per_second)
         if dry_run:
-            return CacheReport(store=path, status="forecast", digest=None, n_rows=0, n_rejected=0, forecast=ahead)
-        require_space(path, ahead)
-        with machine_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-        with StoreLock(path), stop_on_signals() as request:
-            if is_complete(path) or (found is None and read_recipe(path) is not None):
-                raise StoreLockedError(f"another job wrote to {path} meanwhile: run the same command again")
-            writer.start(recorded, backbone.norm)
+            return CacheReport(store=self.store, status="forecast", digest=None, n_rows=0, n_rejected=0, forecast=ahead)
+        require_space(self.store, ahead)
+        with machine_errors(self.store):
+            self.store.mkdir(parents=True, exist_ok=True)
+        with StoreLock(self.store), stop_on_signals() as request:
+            self._require_alone()
+            recorded = self.recorded or {
+                "environment": self.environment,
+                "model": self.model,
+                "source": plan.source.name,
+                "scale_exponents": calibration.exponents,
+            }
+            writer.start(recorded, plan.backbone.norm)
             extraction = Extraction(
-                backbone=backbone,
+                backbone=plan.backbone,
                 decoder=decoder,
                 writer=writer,
                 exponents=recorded["scale_exponents"],
-                environment=digest_of(environment),
-                fail_on_bad_image=on_bad_image == "fail",
-                advance=told.advance,
+                environment=digest_of(self.environment),
+                fail_on_bad_image=self.fail_on_bad_image,
+                advance=self.told.advance,
                 stop=request.event,
             )
-            rejections = _extract(extraction, todo, Rejections(plan.rows, images, max_rejected), request)
-            digest = writer.finish(images.listing.ids, images.where, plan.targets())
-    return CacheReport(
-        store=path,
-        status="written",
-        digest=digest,
-        n_rows=plan.rows.n_planned - rejections.n_rows,
-        n_rejected=rejections.n_rows,
-        forecast=ahead,
-    )
+            rejections = self._extract(extraction, todo, request)
+            digest = writer.finish(plan.source.listing.ids, plan.source.where, plan.targets())
+        return CacheReport(
+            store=self.store,
+            status="written",
+            digest=digest,
+            n_rows=plan.rows.n_planned - rejections.n_rows,
+            n_rejected=rejections.n_rows,
+            forecast=ahead,
+        )
+
+    def _look_ahead(self, writer: StoreWriter, rows_per_second: float) -> tuple[list[int], Forecast]:
+        """The blocks that are not there yet, and what they will take."""
+        done = set(writer.finished_blocks()) if self.recorded else set()
+        todo = [block for block in range(writer.plan.n_blocks) if block not in done]
+        ahead = forecast(self.store, writer.specs, writer.plan, todo, rows_per_second)
+        if self.recorded:
+            self.told.note(f"going on with {self.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
+        self.told.forecast(ahead)
+        return todo, ahead
+
+    def _require_alone(self) -> None:
+        """With the lock in hand, the store must still be what it was when the job was planned."""
+        if is_complete(self.store) or (self.recorded is None and read_recipe(self.store) is not None):
+            raise StoreLockedError(f"another job wrote to {self.store} meanwhile: run the same command again")
+
+    def _extract(self, job: Extraction, todo: Sequence[int], request: StopRequest) -> Rejections:
+        """Do the missing blocks, and count the rejections of all."""
+        rejections = Rejections(self.plan.rows, self.plan.source, self.max_rejected)
+        n_blocks = self.plan.rows.n_blocks
+        for block in sorted(set(range(n_blocks)) - set(todo)):
+            if line := read_line(self.store, block):
+                rejections.count(line)
+        try:
+            for line in run_blocks(job, todo):
+                rejections.count(line)
+        except InterruptedRunError:
+            there = len(job.writer.finished_blocks())
+            raise request.error(
+                f"stopped: {there} of {n_blocks} blocks of {self.store} are there and stay; "
+                "run the same command to go on"
+            ) from None
+        return rejections
 
 
 def _check_options(batch_size: int | None, decode_threads: int | None, max_rejected: float, on_bad_image: str) -> None:
@@ -223,34 +284,3 @@ def _relabel(path: Path, plan: JobPlan) -> CacheReport:
         n_rejected=plan.rows.n_planned - there.n_rows,
         forecast=None,
     )
-
-
-def _look_ahead(
-    writer: StoreWriter, calibration: Calibration, told: Reporter, *, resume: bool
-) -> tuple[list[int], Forecast]:
-    """The blocks that are not there yet, and what they will take."""
-    done = set(writer.finished_blocks()) if resume else set()
-    todo = [block for block in range(writer.plan.n_blocks) if block not in done]
-    ahead = forecast(writer.store, writer.specs, writer.plan, todo, calibration.rows_per_second)
-    if resume:
-        told.note(f"going on with {writer.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
-    told.forecast(ahead)
-    return todo, ahead
-
-
-def _extract(job: Extraction, todo: Sequence[int], rejections: Rejections, request: StopRequest) -> Rejections:
-    """Do the missing blocks, and count the rejections of all."""
-    missing = set(todo)
-    store, n_blocks = job.writer.store, job.writer.plan.n_blocks
-    for block in range(n_blocks):
-        if block not in missing and (line := read_line(store, block)):
-            rejections.count(line)
-    try:
-        for line in run_blocks(job, todo):
-            rejections.count(line)
-    except InterruptedRunError:
-        there = len(job.writer.finished_blocks())
-        raise request.error(
-            f"stopped: {there} of {n_blocks} blocks of {store} are there and stay; run the same command to go on"
-        ) from None
-    return rejections

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import CorruptStoreError, IncompleteStoreError
+from coldtap.stores.faults import fault_point
 
 MANIFEST = "manifest"
 FEATURES = "features.zarr"
@@ -32,7 +33,12 @@ def write_manifest(store: Path, entries: Iterable[Entry]) -> str:
     """Write the manifest and return the store's digest."""
     lines = sorted((entry.name, f"{entry.sha256} {entry.n_bytes} {entry.name}\n") for entry in entries)
     data = "".join(line for _, line in lines).encode()
-    write_file(store / MANIFEST, [data])
+
+    def pieces() -> Iterable[bytes]:
+        yield data
+        fault_point("manifest-temporary")
+
+    write_file(store / MANIFEST, pieces())
     return hashlib.sha256(data).hexdigest()
 
 
