@@ -4,8 +4,9 @@ from coldtap.adaptors.contract import FeatureSpec
 from coldtap.adaptors.kinds import ADAPTORS
 from coldtap.adaptors.loading import load_adaptor
 from coldtap.adaptors.options import option_defaults
+from coldtap.adaptors.run import Progress, RunResult
 from coldtap.adaptors.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
-from coldtap.adaptors.training import Progress, RunResult, train_adaptor
+from coldtap.adaptors.training import train_adaptor
 
 __all__ = [
     "ADAPTORS",

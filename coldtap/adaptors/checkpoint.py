@@ -18,7 +18,7 @@ from torch import nn
 
 from coldtap.adaptors.run_folder import EpochRecord, RunSettings
 from coldtap.stores.canonical import sha256
-from coldtap.stores.durable import write_file
+from coldtap.stores.durable import TEMPORARY_SUFFIX, write_file
 from coldtap.stores.errors import RunError
 
 FORMAT = 1
@@ -127,6 +127,12 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}): delete it to start the run again") from error
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Removes the checkpoint of a run that is finished, and what a death in its writing left."""
+    for name in (CHECKPOINT, CHECKPOINT + TEMPORARY_SUFFIX):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _state_of(data: bytes) -> dict[str, Any]:

@@ -87,4 +87,4 @@ def build_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -
     return LinearProbe(head=build_head(spec, options, n_classes=n_classes), pooled=spec.gather == "pooled")
 
 
-LINEAR = AdaptorKind(name="linear", options=LinearOptions, plan=plan_linear, build=build_linear, lr=5e-3)
+LINEAR = AdaptorKind(name="linear", options=LinearOptions, plan=plan_linear, build=build_linear, lr=2e-2)

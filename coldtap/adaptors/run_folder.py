@@ -56,6 +56,18 @@ def _flat(settings: RunSettings) -> dict[str, Any]:
     return {**fields.pop("options"), **fields}
 
 
+def require_equal(old: RunSettings, new: RunSettings, out: Path) -> None:
+    """Refuses to go on with, or to return, a run of other settings.
+
+    Raises:
+        RunError: Naming each setting that differs, old and new.
+    """
+    if different := old.differences(new):
+        raise RunError(
+            f"{out} holds a run of other settings: {'; '.join(different)}. Choose another --out, or delete it"
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
     """One epoch: mean losses (nats), accuracy on val as a fraction, the last step's learning rate, and seconds."""
@@ -101,6 +113,11 @@ class RunInfo:
     def extractor_digest(self) -> str:
         """Digest of the extractor whose features the adaptor was trained on: what `predict` compares."""
         return self.settings.extractor_digest
+
+    @property
+    def model(self) -> str:
+        """Name of the backbone whose features the adaptor was trained on."""
+        return str(self.extractor["architecture"])
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `run.json`."""
