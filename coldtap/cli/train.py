@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.signals import sigterm_interrupts
+
 
 def train_adaptor(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
@@ -34,7 +36,7 @@ def train_adaptor(
     if settings == ["help"]:
         print(_options_of(adaptor))
         return
-    with _EpochLines() as lines:
+    with sigterm_interrupts(), _EpochLines() as lines:
         result = train(
             store,
             adaptor,

@@ -1,0 +1,29 @@
+"""SIGTERM as a Ctrl-C, for work that stops in order on the latter."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from coldtap.stores.errors import InterruptedRunError
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Turn SIGTERM into KeyboardInterrupt; an orderly stop after it exits with 143 instead of 130."""
+    received = False
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, receive)
+    try:
+        yield
+    except InterruptedRunError as error:
+        if received:
+            error.exit_code = 128 + signal.SIGTERM
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
