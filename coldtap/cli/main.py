@@ -17,7 +17,7 @@ from coldtap.cli.inspect import inspect
 from coldtap.cli.predict import predict
 from coldtap.cli.train import train_adaptor
 from coldtap.cli.verify import verify
-from coldtap.stores.errors import ColdtapError
+from coldtap.stores.errors import ColdtapError, MachineError
 
 HELP = "Run a frozen vision backbone once, keep its features, train small adaptors from them alone."
 
@@ -38,6 +38,9 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
         except BrokenPipeError:  # `| head` has seen enough; what is left must not fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
+        except OSError as error:  # the machine refuses where nobody had more to say about it
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            sys.exit(MachineError.exit_code)
 
     return run
 

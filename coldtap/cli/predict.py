@@ -35,6 +35,8 @@ def predict(
     from coldtap.pipeline.sources import open_source
     from coldtap.stores.errors import OptionError
 
+    if batch_size < 1:
+        raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
     predictor = Predictor.load(run, model=model, checkpoint=checkpoint, random_weights=random_weights, device=device)
     images = open_source(source, labels="optional")
     listing = images.listing
@@ -64,5 +66,11 @@ def predict(
 @contextmanager
 def _writer(out: Path | None) -> Iterator[Callable[[list[Any]], Any]]:
     """Writes CSV lines to a file, or to standard output."""
-    with nullcontext(sys.stdout) if out is None else out.open("w", newline="", encoding="utf-8") as file:
+    from coldtap.stores.errors import MachineError
+
+    try:
+        place = nullcontext(sys.stdout) if out is None else out.open("w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot write {out}: {error.strerror}; give another --out") from error
+    with place as file:
         yield csv.writer(file, lineterminator="\n").writerow

@@ -1,6 +1,7 @@
 """Extraction of one block: rows in, a journal line out. Every way of running a job runs this function."""
 
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +13,7 @@ from coldtap.pipeline.encode import BlockEncoder, Flaw
 from coldtap.pipeline.gather import gather
 from coldtap.stores.errors import InterruptedRunError, SourceError
 from coldtap.stores.journal import JournalLine, Rejection
+from coldtap.stores.shards import ShardBuffer
 from coldtap.stores.writer import StoreWriter
 
 
@@ -29,6 +31,7 @@ class Extraction:
         advance: called with the number of rows done, after each batch.
         device_turn: one block at a time has the device; the others decode or write meanwhile.
         stop: set when the job must end; blocks in flight are then dropped at their next batch.
+        spare_buffers: those of blocks that are written; fresh memory costs more than the copies into it.
     """
 
     backbone: Backbone
@@ -40,6 +43,14 @@ class Extraction:
     advance: Callable[[int], None] = lambda n_rows: None
     device_turn: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
+    spare_buffers: deque[dict[str, ShardBuffer]] = field(default_factory=deque)
+
+    def take_buffers(self) -> dict[str, ShardBuffer]:
+        """Buffers for one block, with whatever an earlier one left in them."""
+        try:
+            return self.spare_buffers.pop()
+        except IndexError:
+            return self.writer.new_buffers()
 
 
 def extract_block(job: Extraction, block: int) -> JournalLine:
@@ -55,7 +66,7 @@ def extract_block(job: Extraction, block: int) -> JournalLine:
     rejected: list[Rejection] = []
     digests: dict[int, str] = {}
     with job.device_turn:
-        buffers = job.writer.new_buffers()
+        buffers = job.take_buffers()
         encoder = BlockEncoder(buffers, job.writer.specs[0].tier, job.exponents)
         for batch in batches:
             if job.stop.is_set():
@@ -63,7 +74,7 @@ def extract_block(job: Extraction, block: int) -> JournalLine:
             flaws = _extract_batch(job, batch, encoder)
             _sort_out(job, batch, flaws, digests, rejected)
             job.advance(len(batch.rows))
-    return job.writer.write_block(
+    line = job.writer.write_block(
         block,
         buffers,
         rejected=rejected,
@@ -71,6 +82,8 @@ def extract_block(job: Extraction, block: int) -> JournalLine:
         ranges=encoder.ranges(),
         environment=job.environment,
     )
+    job.spare_buffers.append(buffers)
+    return line
 
 
 def _extract_batch(job: Extraction, batch: DecodedBatch, encoder: BlockEncoder) -> dict[int, Flaw]:

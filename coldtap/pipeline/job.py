@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from coldtap.stores.journal import read_line
 from coldtap.stores.lock import StoreLock
 from coldtap.stores.recipe_file import read_recipe, require_same_recipe
 from coldtap.stores.store import open_store
-from coldtap.stores.writer import StoreWriter, is_complete, update_targets
+from coldtap.stores.writer import StoreWriter, has_other_targets, is_complete, update_targets
 
 
 def cache_features(
@@ -125,7 +125,7 @@ def cache_features(
     if found is not None:
         require_same_recipe(path, found[0], plan.recipe)
         if is_complete(path):
-            return _relabel(path, plan)
+            return _relabel(path, plan, dry_run=dry_run)
     began = found[1]["environment"] if found else {}
     size = batch_size or began.get("batch_size") or choose_batch_size(backbone)
     environment = describe_environment(backbone.device, size)
@@ -271,16 +271,23 @@ def choose_batch_size(backbone: Backbone) -> int:
     return min(max(1 << ((budget // largest).bit_length() - 1), 4), 256) if budget >= largest else 4
 
 
-def _relabel(path: Path, plan: JobPlan) -> CacheReport:
+def _relabel(path: Path, plan: JobPlan, *, dry_run: bool) -> CacheReport:
     """The store is complete; its targets may be others now."""
-    with StoreLock(path):
-        changed = [update_targets(path, name, data) for name, data in plan.targets().items()]
+    others = {name: data for name, data in plan.targets().items() if has_other_targets(path, name, data)}
+    if others and not dry_run:  # without them a store that may only be read is fine
+        with StoreLock(path):
+            for name, data in others.items():
+                update_targets(path, name, data)
     there = open_store(path)
+    ahead = None
+    if others and dry_run:
+        nothing = forecast(path, plan.specs, plan.rows, [], rows_per_second=1)
+        ahead = replace(nothing, n_bytes=sum(map(len, others.values())))
     return CacheReport(
         store=path,
-        status="relabelled" if any(changed) else "unchanged",
+        status="forecast" if ahead else "relabelled" if others else "unchanged",
         digest=there.digest,
         n_rows=there.n_rows,
         n_rejected=plan.rows.n_planned - there.n_rows,
-        forecast=None,
+        forecast=ahead,
     )

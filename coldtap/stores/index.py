@@ -72,6 +72,15 @@ def read_targets(path: Path) -> tuple[Mapping[str, int], tuple[str, ...] | None]
     return dict(zip(ids, targets, strict=True)), tuple(json.loads(names)) if names else None
 
 
+def same_targets(path: Path, data: bytes) -> bool:
+    """Whether a stored table says what `data` says; its bytes may differ, as those of two pyarrow versions do.
+
+    Raises:
+        CorruptStoreError: the stored file is not such a table.
+    """
+    return bool(read_table(path, TARGETS_SCHEMA).equals(pq.read_table(BytesIO(data)), check_metadata=True))
+
+
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """A table of the given columns.
 

@@ -27,6 +27,8 @@ def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:
     except FileNotFoundError:
         _refuse_foreign(store)
         return None
+    except NotADirectoryError as error:
+        raise StoreError(f"{store} lies below a file, not a folder: give another path") from error
     except ValueError as error:
         raise CorruptStoreError(f"{path} is not JSON ({error})") from error
     if not isinstance(record, dict):

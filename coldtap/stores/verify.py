@@ -1,7 +1,7 @@
 """Verification: every byte of a store held against its manifest, its checksums and its metadata."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +11,11 @@ import numpy as np
 
 from coldtap.stores.array_reader import StoredArray
 from coldtap.stores.canonical import sha256
-from coldtap.stores.errors import ColdtapError, CorruptStoreError
+from coldtap.stores.errors import CorruptStoreError, StoreError
 from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, read_table
 from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, files_of, read_manifest
+from coldtap.stores.recipe_file import read_recipe
 from coldtap.stores.shards import CRC_BYTES, ShardFile, tap_digests
 from coldtap.stores.store import Store
 
@@ -53,6 +54,8 @@ def verify_store(
         CorruptStoreError: its manifest cannot be read at all.
     """
     store = Path(path)
+    if not (store / MANIFEST).exists() and read_recipe(store) is None:
+        raise StoreError(f"there is no store at {store}: make one with `cache-features SOURCE {store}`")
     entries, digest = read_manifest(store)
     problems = [*_file_problems(store, entries)]
     files = [entry for name, entry in entries.items() if "#" not in name]
@@ -80,7 +83,7 @@ def verify_store(
             problems.extend(found)
     n_rows = 0
     if opened is not None:
-        found_rows, n_rows = _row_problems(opened)
+        found_rows, n_rows = _row_problems(opened, damaged)
         problems.extend(problem for problem in found_rows if problem.where not in damaged)
     return Verification(
         digest=digest,
@@ -152,8 +155,8 @@ def _shard_problems(
                 yield Problem(where=f"{name}#{tap}", what="the tap's SHA-256 is not the manifest's")
 
 
-def _row_problems(store: Store) -> tuple[list[Problem], int]:
-    """Rows that the tables and the shards do not agree on, and targets that no sample has."""
+def _row_problems(store: Store, damaged: Set[str]) -> tuple[list[Problem], int]:
+    """Rows that the tables and the shards do not agree on; shards that are damaged are reported themselves."""
     problems = []
     try:
         listed = set(store.samples["row"].to_pylist())
@@ -163,22 +166,28 @@ def _row_problems(store: Store) -> tuple[list[Problem], int]:
     if both := sorted(listed & rejected):
         problems.append(Problem(where="samples.parquet", what=f"row {both[0]} is also listed as rejected"))
     for array in store.arrays.values():
-        try:
-            there = set(present_rows(array, store.path))
-        except ColdtapError:
-            continue  # reported with the shard
-        for row in sorted(there ^ listed)[:3]:
+        there, unknown = _present_rows(array, store.path, damaged)
+        for row in sorted((there ^ listed) - unknown)[:3]:
             what = "has a chunk and no line" if row in there else "has a line and no chunk"
             problems.append(Problem(where="samples.parquet", what=f"row {row} of {array.name} {what}"))
     return problems, len(listed)
 
 
-def present_rows(array: StoredArray, store: Path) -> Iterable[int]:
-    """Rows of an array that have their chunks."""
+def _present_rows(array: StoredArray, store: Path, damaged: Set[str]) -> tuple[set[int], set[int]]:
+    """Rows of an array that have their chunks, and rows of which a damaged shard does not say."""
+    there: set[int] = set()
+    unknown: set[int] = set()
     for block in range(array.n_rows // array.spec.block_rows):
-        path = store / FEATURES / array.spec.shard_key(block)
-        if path.exists():
-            yield from (np.flatnonzero(ShardFile(path, array.spec).present()) + block * array.spec.block_rows).tolist()
+        name = f"{FEATURES}/{array.spec.shard_key(block)}"
+        rows = np.arange(block * array.spec.block_rows, (block + 1) * array.spec.block_rows)
+        try:
+            if name in damaged:
+                unknown.update(rows.tolist())
+            elif (store / name).exists():
+                there.update(rows[ShardFile(store / name, array.spec).present()].tolist())
+        except CorruptStoreError:
+            unknown.update(rows.tolist())
+    return there, unknown
 
 
 def source_problems(store: Store, read_digest: Callable[[str], str | None]) -> Iterator[Problem]:

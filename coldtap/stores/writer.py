@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.canonical import readable_json, sha256
+from coldtap.stores.canonical import readable_json
 from coldtap.stores.durable import TEMPORARY_SUFFIX, machine_errors, write_file
 from coldtap.stores.errors import IncompleteStoreError
 from coldtap.stores.faults import fault_point
@@ -22,6 +22,7 @@ from coldtap.stores.index import (
     REJECTED_SCHEMA,
     SAMPLES,
     SAMPLES_SCHEMA,
+    same_targets,
     targets_name,
     write_rows,
 )
@@ -219,19 +220,23 @@ class StoreWriter:
             yield Entry(sha256=digest, n_bytes=n_bytes, name=f"{name}#{tap}")
 
 
-def update_targets(store: Path, name: str, data: bytes) -> bool:
-    """Replace the targets of a complete store without touching a feature; True if they were others.
+def has_other_targets(store: Path, name: str, data: bytes) -> bool:
+    """Whether the targets of a complete store are not those of a table, or not those that its manifest says."""
+    known = read_manifest(store)[0].get(targets_name(name))
+    path = store / targets_name(name)
+    intact = known is not None and path.exists() and file_entry(store, known.name) == known
+    return not intact or not same_targets(path, data)
+
+
+def update_targets(store: Path, name: str, data: bytes) -> None:
+    """Replace the targets of a complete store without touching a feature; the caller holds its lock.
 
     The table is written before the manifest that names it; a death between the two is mended by the same call.
     """
     entries, _ = read_manifest(store)
     file = targets_name(name)
-    known = entries.get(file)
-    if known is not None and known.sha256 == sha256(data) and file_entry(store, file) == known:
-        return False
     write_file(store / file, [data])
     write_manifest(store, {**entries, file: file_entry(store, file)}.values())
-    return True
 
 
 def is_complete(store: Path) -> bool:
