@@ -63,7 +63,13 @@ def synthetic_store(
     writer = StoreWriter(path, recipe, specs, plan)
     exponents = {spec.name: [0] * len(spec.taps) for spec in specs}
     path.mkdir(parents=True, exist_ok=True)
-    writer.start({"scale_exponents": exponents, "environment": {"device": "none"}}, norm or layer_norm(8))
+    recorded = {
+        "scale_exponents": exponents,
+        "environment": {"device": "none"},
+        "model": "synthetic",
+        "source": "memory",
+    }
+    writer.start(recorded, norm or layer_norm(8))
     for block in range(plan.n_blocks) if blocks is None else blocks:
         _write(writer, block, values, rejected)
     if finish:

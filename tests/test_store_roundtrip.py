@@ -137,7 +137,7 @@ def test_absent_rows_are_an_error_never_zeros(tmp_path, features):
     present = {int(row) for split in ("train", "val", "test") for row in store.rows(split)}
     assert len(present) == 21
     for row in sorted(set(range(array.n_rows)) - present):
-        with pytest.raises(StoreError, match="no chunk|missing"):
+        with pytest.raises(StoreError, match=r"no chunk|missing"):
             array.read_into(np.empty((1, 7, 8), np.float32), [row])
         with pytest.raises(MissingFeaturesError, match=f"no row {row}"):
             store.sample_ids([row])

@@ -178,6 +178,7 @@ class Run:
             residency=self.train.residency,
             versions=_versions(),
             store=str(self.store.path),
+            model=self.store.recorded["model"],
             extractor=dict(self.store.recipe.extractor),
             adaptor_sha256=adaptor_sha256,
         )

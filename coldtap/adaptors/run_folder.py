@@ -91,7 +91,11 @@ class SplitMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunInfo:
-    """All that `run.json` says; `class_names` is None where the source gave none."""
+    """All that `run.json` says.
+
+    `class_names` is None where the source gave none; `model` is the backbone as the store's maker named it, a timm
+    name with its pretrained tag, which the extractor's `architecture` leaves out.
+    """
 
     settings: RunSettings
     features: FeatureSpec
@@ -106,6 +110,7 @@ class RunInfo:
     residency: Residency
     versions: Mapping[str, str]
     store: str
+    model: str
     extractor: Mapping[str, Any]
     adaptor_sha256: str
 
@@ -113,11 +118,6 @@ class RunInfo:
     def extractor_digest(self) -> str:
         """Digest of the extractor whose features the adaptor was trained on: what `predict` compares."""
         return self.settings.extractor_digest
-
-    @property
-    def model(self) -> str:
-        """Name of the backbone whose features the adaptor was trained on."""
-        return str(self.extractor["architecture"])
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `run.json`."""

@@ -1,5 +1,6 @@
 """A frozen backbone: what it is, what it gives, and by what it is known."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def load_backbone(
             model, checkpoint=checkpoint, random_weights=random_weights, input_size=overrides.get("input_size")
         )
     else:
-        module = model.eval()
+        module = copy.deepcopy(model).eval()  # the caller's own keeps its mode, dtype and device
     architecture = _architecture(module, model)
     digest = weights_digest(module)
     how = preprocess if isinstance(preprocess, Preprocess) else _timm_preprocess(module, overrides)

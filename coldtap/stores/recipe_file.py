@@ -10,6 +10,7 @@ from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.recipe import Recipe, differences
 
 RECIPE = "recipe.json"
+RECORDED = {"environment", "model", "source", "scale_exponents"}
 
 
 def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:
@@ -33,7 +34,10 @@ def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:
         raise CorruptStoreError(f"{path} is not JSON ({error})") from error
     if not isinstance(record, dict):
         raise CorruptStoreError(f"{path} is not a JSON object")
-    return Recipe.from_dict(record, where=str(path)), record.get("recorded", {})
+    recipe, recorded = Recipe.from_dict(record, where=str(path)), record.get("recorded")
+    if not isinstance(recorded, dict) or RECORDED - set(recorded):
+        raise CorruptStoreError(f"{path}: `recorded` lacks some of {sorted(RECORDED)}; it was edited by hand")
+    return recipe, recorded
 
 
 def _refuse_foreign(store: Path) -> None:
