@@ -56,7 +56,10 @@ def synthetic_store(
     keep = [split for split in ("train", "val", "test") if split in splits]
     plan = RowPlan.of(ids, splits, keep=keep, views=views, seed=0, block_rows=specs[0].block_rows)
     recipe = Recipe(
-        extractor={"architecture": "synthetic", "taps": [g.to_dict() for g in geometries.values()]},
+        extractor={
+            "architecture": "synthetic",
+            "taps": [{"name": f"z{i}", **g.to_dict()} for i, g in geometries.items()],
+        },
         rows={"listing": "0" * 64, "views": views, "splits": {s: len(o) for s, o in plan.order.items()}},
         encoding={"gathers": {name: list(taps) for name, taps in gathers.items()}, "tier": tier},
     )
@@ -94,7 +97,7 @@ def _write(writer: StoreWriter, block: int, values: np.ndarray[Any, Any], reject
         rejected=[Rejection(row=row.number, reason="made so") for row in rows if row.sample in rejected],
         source_sha256={row.number: f"{row.sample:064x}" for row in rows if row.sample not in rejected},
         ranges={},
-        environment="e" * 64,
+        environment={"device": "none"},
     )
 
 

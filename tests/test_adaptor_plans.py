@@ -116,7 +116,9 @@ def test_missing_features_say_what_is_needed_what_is_there_and_what_to_do(
 @pytest.mark.parametrize("adaptor", ["mist", "last"])
 def test_stage_networks_are_refused_in_one_line(tmp_path, adaptor):
     store = store_of(tmp_path / "s", geometries=STAGES, gathers={"layers": [0, 1]}, n_taps=2)
-    with pytest.raises(MissingFeaturesError, match=r"one geometry; .* stages of a stage network \(g2x3-p0-c8, g3x2"):
+    with pytest.raises(
+        MissingFeaturesError, match=r"one geometry, z0 … zN; .* stages of a stage network \(synthetic\)"
+    ):
         plan(store, adaptor)
 
 

@@ -168,7 +168,7 @@ def test_journal_lines_round_trip_and_a_damaged_one_says_what_to_do(tmp_path):
         rejected=(Rejection(row=7, reason="truncated", tap=None),),
         source_sha256={6: "c" * 64},
         ranges={"layers/x": [[-1.0, 2.5]]},
-        environment="d" * 64,
+        environment={"device": "cpu"},
     )
     write_line(tmp_path, line)
     assert read_line(tmp_path, 3) == line

@@ -98,16 +98,17 @@ def describe_gathers(store: Store) -> str:
 
 
 def refuse_stage_network(store: Store, *, adaptor: str) -> None:
-    """Refuses a store whose taps have several geometries.
+    """Refuses a store whose taps are stages, whichever of them it keeps.
 
     Raises:
         MissingFeaturesError: The backbone is a stage network, such as Swin, ConvNeXt or ResNet.
     """
-    names = sorted({array.geometry.name for array in store.arrays.values()})
-    if len(names) > 1:
+    taps = store.recipe.extractor["taps"]
+    shapes = {(*tap["grid"], tap["prefix_tokens"], tap["channels"]) for tap in taps}
+    if len(shapes) > 1 or any(tap["name"].startswith("stage") for tap in taps):
         raise MissingFeaturesError(
-            f"{adaptor} needs taps of one geometry; {store.path} holds the stages of a stage network "
-            f"({', '.join(names)}): use --adaptor linear, or a ViT backbone"
+            f"{adaptor} needs taps of one geometry, z0 … zN; {store.path} holds the stages of a stage network "
+            f"({store.recipe.extractor['architecture']}): use --adaptor linear, or a ViT backbone"
         )
 
 

@@ -33,8 +33,13 @@ def available_memory_bytes() -> int:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the largest resident size that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Returns the largest resident size that this program ever had."""
+    try:
+        # ru_maxrss begins with the peak of the process that started this one; VmHWM begins anew.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _free_ram_bytes() -> int:

@@ -17,6 +17,7 @@ from coldtap.adaptors.run_folder import RunSettings, read_run, require_equal
 from coldtap.stores import Store, open_store
 from coldtap.stores.durable import machine_errors
 from coldtap.stores.errors import InterruptedRunError, OptionError, RunError
+from coldtap.stores.recipe_file import RECIPE
 
 
 def train_adaptor(
@@ -105,6 +106,8 @@ def _check_arguments(*, epochs: int, lr: float, batch_size: int, weight_decay: f
 
 
 def _make_folder(out: Path) -> None:
+    if (out / RECIPE).exists():
+        raise RunError(f"--out {out} is a store: choose a folder of its own for the run")
     try:
         with machine_errors(out):
             out.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.signals import sigterm_interrupts
 from coldtap.cli.sizes import show_bytes, show_seconds
 
 TRIPLE = "three numbers with commas, one a channel"
@@ -77,7 +78,7 @@ def cache_features(
         "mean": _numbers("--mean", mean),
         "std": _numbers("--std", std),
     }
-    with JobProgress() as progress:
+    with sigterm_interrupts(), JobProgress() as progress:
         report = cache(
             source,
             store,

@@ -15,6 +15,7 @@ import typer
 from coldtap.cli.cache import cache_features
 from coldtap.cli.inspect import inspect
 from coldtap.cli.predict import predict
+from coldtap.cli.signals import STOPPED
 from coldtap.cli.train import train_adaptor
 from coldtap.cli.verify import verify
 from coldtap.stores.errors import ColdtapError, MachineError
@@ -33,7 +34,7 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
             print(f"error: {_one_line(error)}", file=sys.stderr)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            print("stopped; what was finished is kept: run the same command to go on", file=sys.stderr)
+            print(STOPPED, file=sys.stderr)
             sys.exit(130)
         except BrokenPipeError:  # `| head` has seen enough; what is left must not fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,10 +7,12 @@ from types import FrameType
 
 from coldtap.stores.errors import InterruptedRunError
 
+STOPPED = "stopped; what was finished is kept: run the same command to go on"
+
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt; an orderly stop after it exits with 143 instead of 130."""
+    """Turn SIGTERM into KeyboardInterrupt; what stops for it exits with 143 instead of 130."""
     received = False
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -21,9 +23,11 @@ def sigterm_interrupts() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, receive)
     try:
         yield
-    except InterruptedRunError as error:
-        if received:
-            error.exit_code = 128 + signal.SIGTERM
-        raise
+    except (InterruptedRunError, KeyboardInterrupt) as stop:
+        if not received:
+            raise
+        error = stop if isinstance(stop, InterruptedRunError) else InterruptedRunError(STOPPED)
+        error.exit_code = 128 + signal.SIGTERM
+        raise error from None
     finally:
         signal.signal(signal.SIGTERM, before)

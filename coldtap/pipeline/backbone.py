@@ -15,7 +15,7 @@ from coldtap.pipeline.preprocess import Preprocess, normalise
 from coldtap.pipeline.taps import TapReader, geometries_of, read_taps_of
 from coldtap.pipeline.weights import create_timm_model, weights_digest
 from coldtap.stores.arrays import Geometry
-from coldtap.stores.errors import MachineError, ModelError, OptionError
+from coldtap.stores.errors import ColdtapError, MachineError, ModelError, OptionError
 from coldtap.stores.norm import FinalNorm
 
 type Precision = Literal["float32", "bfloat16", "float16"]
@@ -122,9 +122,15 @@ def load_backbone(
     place = resolve_device(device)
     overrides = {} if isinstance(preprocess, Preprocess) else dict(preprocess or {})
     if isinstance(model, str):
+        size = (preprocess.height, preprocess.width) if isinstance(preprocess, Preprocess) else None
         module = create_timm_model(
-            model, checkpoint=checkpoint, random_weights=random_weights, input_size=overrides.get("input_size")
+            model,
+            checkpoint=checkpoint,
+            random_weights=random_weights,
+            input_size=size or _sides(overrides.get("input_size")),
         )
+    elif checkpoint is not None or random_weights:
+        raise OptionError("a module from Python comes with its weights: leave out checkpoint and random_weights")
     else:
         module = copy.deepcopy(model).eval()  # the caller's own keeps its mode, dtype and device
     architecture = _architecture(module, model)
@@ -138,8 +144,13 @@ def load_backbone(
     with torch.inference_mode():
         try:
             geometries = geometries_of(reader, blank)
-        except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"{architecture} cannot run on {how.height} × {how.width} pixels: {error}") from error
+        except ColdtapError:
+            raise
+        except Exception as error:  # whatever a model raises on an input that it was not made for
+            raise ModelError(
+                f"{architecture} cannot give its taps for {how.height} × {how.width} pixels "
+                f"({type(error).__name__}: {error}): choose another --input-size or model"
+            ) from error
     return Backbone(
         architecture=architecture,
         module=module,
@@ -151,6 +162,13 @@ def load_backbone(
         weights=digest,
         norm=norm,
     )
+
+
+def _sides(input_size: Any) -> tuple[int, int] | None:
+    """(height, width) of an input size given as a side, (height, width) or (channel, height, width)."""
+    if input_size is None:
+        return None
+    return (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)[-2:]
 
 
 def _architecture(module: nn.Module, asked: str | nn.Module) -> str:

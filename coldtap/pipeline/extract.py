@@ -4,6 +4,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ class Extraction:
         decoder: images to pixels.
         writer: the store in the making.
         exponents: float16 exponents of each array's taps.
-        environment: digest of where the job runs, for the journal.
+        environment: where the job runs, for the journal.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
         advance: called with the number of rows done, after each batch.
         device_turn: one block at a time has the device; the others decode or write meanwhile.
@@ -38,7 +39,7 @@ class Extraction:
     decoder: Decoder
     writer: StoreWriter
     exponents: Mapping[str, Sequence[int]]
-    environment: str
+    environment: Mapping[str, Any]
     fail_on_bad_image: bool = False
     advance: Callable[[int], None] = lambda n_rows: None
     device_turn: threading.Lock = field(default_factory=threading.Lock)

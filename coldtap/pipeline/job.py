@@ -20,14 +20,14 @@ from coldtap.pipeline.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.rejections import Rejections
 from coldtap.pipeline.report import CacheReport, Reporter, Silence
 from coldtap.pipeline.run_blocks import run_blocks
-from coldtap.pipeline.sources import Source, open_source
+from coldtap.pipeline.sources import Listing, Source, open_source
 from coldtap.pipeline.stopping import StopRequest, stop_on_signals
 from coldtap.stores.arrays import Tier
-from coldtap.stores.canonical import digest_of
 from coldtap.stores.durable import machine_errors
 from coldtap.stores.errors import InterruptedRunError, OptionError, StoreLockedError
 from coldtap.stores.journal import read_line
 from coldtap.stores.lock import StoreLock
+from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import read_recipe, require_same_recipe
 from coldtap.stores.store import open_store
 from coldtap.stores.writer import StoreWriter, has_other_targets, is_complete, update_targets
@@ -96,6 +96,7 @@ def cache_features(
     _check_options(batch_size, decode_threads, max_rejected, on_bad_image)
     told = reporter or Silence()
     path = Path(store)
+    _refuse_store_in_source(path, source)
     found = read_recipe(path)
     images = _as_source(source, seed)
     for note in images.listing.notes:
@@ -113,6 +114,7 @@ def cache_features(
     plan = plan_job(
         images,
         backbone,
+        splits=_splits(path, found[0] if found else None, images.listing),
         taps=taps,
         gather=gather,
         sum_at=sum_at,
@@ -193,7 +195,7 @@ class _Work:
                 decoder=decoder,
                 writer=writer,
                 exponents=recorded["scale_exponents"],
-                environment=digest_of(self.environment),
+                environment=self.environment,
                 fail_on_bad_image=self.fail_on_bad_image,
                 advance=self.told.advance,
                 stop=request.event,
@@ -240,6 +242,7 @@ class _Work:
                 f"stopped: {there} of {n_blocks} blocks of {self.store} are there and stay; "
                 "run the same command to go on"
             ) from None
+        job.spare_buffers.clear()
         return rejections
 
 
@@ -254,11 +257,32 @@ def _check_options(batch_size: int | None, decode_threads: int | None, max_rejec
         raise OptionError(f"--on-bad-image {on_bad_image}: choose reject or fail")
 
 
+def _refuse_store_in_source(store: Path, source: Any) -> None:
+    """A store below the folder of images would be listed as images by the next call."""
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        folder, inside = Path(source).resolve(), store.resolve()
+        if inside.is_relative_to(folder):
+            raise OptionError(f"{store} lies inside {source}, which is read as images: give a path outside it")
+
+
 def _as_source(source: Any, seed: int) -> Source:
     if hasattr(source, "listing") and hasattr(source, "read"):
         opened: Source = source
         return opened
     return open_source(source, seed=seed)
+
+
+def _splits(path: Path, recipe: Recipe | None, listing: Listing) -> Sequence[str]:
+    """The split of each sample; a val split that a complete store cut from train stays as it was cut.
+
+    The cut is stratified by label, so corrected labels would move it, and labels are no part of a recipe.
+    """
+    if recipe is None or not listing.val_is_cut or recipe.rows["listing"] != listing.fingerprint:
+        return listing.splits
+    if recipe.rows.get("val") != "cut from train" or not is_complete(path):
+        return listing.splits
+    stored = open_store(path).splits_by_id()
+    return [stored.get(sample, split) for sample, split in zip(listing.ids, listing.splits, strict=True)]
 
 
 def choose_batch_size(backbone: Backbone) -> int:

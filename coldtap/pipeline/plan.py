@@ -42,6 +42,7 @@ def plan_job(
     source: Source,
     backbone: Backbone,
     *,
+    splits: Sequence[str],
     taps: str,
     gather: Sequence[str] | None,
     sum_at: str | None,
@@ -51,7 +52,7 @@ def plan_job(
     augmentation: Augmentation | None,
     seed: int,
 ) -> JobPlan:
-    """Plan a job; the arguments are those of `cache_features`.
+    """Plan a job; the arguments are those of `cache_features`, and the split of each sample.
 
     Raises:
         OptionError: a choice that the source or the backbone does not allow.
@@ -61,16 +62,19 @@ def plan_job(
         raise OptionError(f"--tier {tier}: choose one of {', '.join(TIERS)}")
     if views < 0:
         raise OptionError(f"--views {views}: give 0 or more augmented views of each training image")
+    gather = [gather] if isinstance(gather, str) else gather
+    split = [split] if isinstance(split, str) else split
     if unknown := sorted(set(split or ()) - set(SPLITS)):
         raise OptionError(f"--split {unknown[0]}: choose among {', '.join(SPLITS)}")
-    one_geometry = len(set(backbone.geometries.values())) == 1
-    gathers = choose_gathers(gather, taps, sum_at, depth=backbone.depth, one_geometry=one_geometry)
+    # One stream of tokens that every block adds to: without it a sum of taps means nothing.
+    one_stream = not backbone.taps.stages and len(set(backbone.geometries.values())) == 1
+    gathers = choose_gathers(gather, taps, sum_at, depth=backbone.depth, one_stream=one_stream)
     specs = plan_arrays(backbone.geometries, gathers, tier)
     listing = source.listing
-    present = set(listing.splits)
+    present = set(splits)
     rows = RowPlan.of(
         listing.ids,
-        listing.splits,
+        splits,
         keep=[name for name in SPLITS if name in (split or present)],
         views=views,
         seed=seed,
@@ -82,6 +86,8 @@ def plan_job(
         rows={
             "listing": listing.fingerprint,
             "splits": {name: len(samples) for name, samples in rows.order.items()},
+            "val": "cut from train" if source.listing.val_is_cut else "given",
+            "order": rows.order_digest(listing.ids),
             "seed": seed,
             "views": views,
             "augmentation": drawn.to_dict() if views else None,

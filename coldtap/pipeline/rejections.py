@@ -31,5 +31,9 @@ class Rejections:
             raise TooManyRejectedError(
                 f"{len(self._reasons)} of {self._plan.n_samples} samples cannot be used, more than --max-rejected "
                 f"{self._share:g} allows: {'; '.join(examples)}. Mend or remove those images (and choose a new "
-                "store path), or allow more"
+                f"store path), or allow more{self._advice()}"
             )
+
+    def _advice(self) -> str:
+        overflows = any("overflows" in reason for reason in self._reasons.values())
+        return "; --tier bfloat16 or float32 keeps values of any size" if overflows else ""

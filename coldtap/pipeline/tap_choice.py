@@ -7,7 +7,7 @@ from coldtap.stores.errors import ModelError, OptionError
 
 
 def choose_gathers(
-    gathers: Sequence[str] | None, taps: str, sum_at: str | None, *, depth: int, one_geometry: bool
+    gathers: Sequence[str] | None, taps: str, sum_at: str | None, *, depth: int, one_stream: bool
 ) -> Mapping[str, tuple[int, ...]]:
     """Tap indices a gather.
 
@@ -16,19 +16,19 @@ def choose_gathers(
         taps: `all`, `last:K`, or indices with commas.
         sum_at: indices k with commas; None for the last tap.
         depth: N, the index of the last tap.
-        one_geometry: whether all taps share one; without it there is no sum.
+        one_stream: whether the taps are one stream of tokens, z0 … zN; without it there is no sum.
 
     Raises:
-        OptionError: an unknown gather or a malformed choice, or a sum over several geometries.
+        OptionError: an unknown gather or a malformed choice, or a sum of stages.
         ModelError: a tap that the backbone does not have.
     """
     if gathers is not None and (unknown := [name for name in gathers if name not in GATHERS]):
         raise OptionError(f"--gather {unknown[0]}: choose among {', '.join(GATHERS)}")
     asked = [name for name in GATHERS if gathers is None or name in gathers]
-    if "sum" in asked and not one_geometry:
+    if "sum" in asked and not one_stream:
         if gathers is not None:
             raise OptionError(
-                "--gather sum needs taps of one geometry, and this backbone is a stage network: "
+                "--gather sum needs taps of one geometry, z0 … zN, and this backbone is a stage network: "
                 "use --gather layers or pooled"
             )
         asked.remove("sum")

@@ -18,7 +18,12 @@ from coldtap.stores.errors import ModelError
 
 
 class TapReader(Protocol):
-    """Runs a backbone and hands out its taps."""
+    """Runs a backbone and hands out its taps.
+
+    `stages` says that the taps are feature maps of stages, not the residual stream z0 … zN: they have no sum.
+    """
+
+    stages: bool
 
     def names(self) -> list[str]:
         """A name a tap, in order."""
@@ -61,6 +66,8 @@ def read_taps_of(model: nn.Module, names: Sequence[str] | None, prefix_tokens: i
 
 class TokenTaps:
     """z0 … zN of a timm model with `blocks`."""
+
+    stages = False
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -108,6 +115,8 @@ def _whole(prefix: Tensor, patches: Tensor) -> Tensor:
 class StageTaps:
     """The feature maps of a timm stage network, numbered from 0."""
 
+    stages = True
+
     def __init__(self, model: Any) -> None:
         self._model = model
 
@@ -130,6 +139,8 @@ class StageTaps:
 
 class NamedTaps:
     """Outputs of named submodules of any module: (batch, token, channel) or (batch, channel, height, width)."""
+
+    stages = False
 
     def __init__(self, model: nn.Module, names: Sequence[str], prefix_tokens: int) -> None:
         modules = dict(model.named_modules())

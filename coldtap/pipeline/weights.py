@@ -17,7 +17,11 @@ from coldtap.stores.errors import ModelError, OptionError
 
 
 def create_timm_model(
-    name: str, *, checkpoint: Path | None = None, random_weights: bool = False, input_size: int | None = None
+    name: str,
+    *,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    input_size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """A timm model in eval mode, without its classifier.
 
@@ -26,7 +30,7 @@ def create_timm_model(
         checkpoint: local weights instead of the pretrained ones: safetensors, or a state dict that torch
             loads with `weights_only`.
         random_weights: leave the weights as timm initialises them, for measurements and tests.
-        input_size: side of the input in pixels, for models whose token grid depends on it.
+        input_size: (height, width) of the input in pixels, for models whose token grid depends on it.
 
     Raises:
         ModelError: unknown name; weights that cannot be had, are damaged or belong to another architecture.
@@ -35,8 +39,8 @@ def create_timm_model(
     if checkpoint is not None and random_weights:
         raise OptionError("--checkpoint and --random-weights exclude each other: give one of them")
     if name == REFERENCE and checkpoint is None and not random_weights:
-        if input_size not in (None, 32):
-            raise OptionError(f"{REFERENCE} takes images of 32 pixels; --input-size {input_size} was asked for")
+        if input_size not in (None, (32, 32)):
+            raise OptionError(f"{REFERENCE} takes images of 32 × 32 pixels; {input_size} was asked for")
         model: nn.Module = build_reference()
     elif name == REFERENCE:
         raise OptionError(f"{REFERENCE} comes with its weights: leave out --checkpoint and --random-weights")
@@ -50,7 +54,7 @@ def create_timm_model(
     return model.eval()
 
 
-def _create(name: str, *, pretrained: bool, input_size: int | None) -> nn.Module:
+def _create(name: str, *, pretrained: bool, input_size: tuple[int, int] | None) -> nn.Module:
     remote = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
     if not remote and not timm.is_model(name):
         base = name.split(".")[0]

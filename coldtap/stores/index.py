@@ -1,8 +1,9 @@
 """The tables beside the features: which sample a row is, what was rejected, and the targets."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from coldtap.stores.errors import CorruptStoreError
 
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.parquet"
+TARGETS = "targets"
+ROWS_A_GROUP = 8192
 SAMPLES_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -40,14 +43,31 @@ TARGETS_SCHEMA = pa.schema([("sample_id", pa.string()), ("target", pa.int64())])
 
 def targets_name(name: str) -> str:
     """Path of a named target's table under the store."""
-    return f"targets/{name}.parquet"
+    return f"{TARGETS}/{name}.parquet"
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table from rows of values in the schema's order."""
-    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    _write(path, pa.Table.from_arrays(arrays, schema=schema))
+    """Write a table from rows of values in the schema's order; a group of rows is in memory at a time."""
+    write_file(path, _parquet_pieces(schema, rows))
+
+
+def _parquet_pieces(schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    sink = BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for group in batched(rows, ROWS_A_GROUP):
+            columns = zip(*group, strict=True)
+            arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+            yield _drained(sink)
+    yield _drained(sink)
+
+
+def _drained(sink: BytesIO) -> bytes:
+    """What was written since the last call; pyarrow counts its own position."""
+    data = sink.getvalue()
+    sink.seek(0)
+    sink.truncate()
+    return data
 
 
 def targets_bytes(ids: Sequence[str], targets: Sequence[int], class_names: Sequence[str] | None) -> bytes:
@@ -57,7 +77,9 @@ def targets_bytes(ids: Sequence[str], targets: Sequence[int], class_names: Seque
         [pa.array(ids, pa.string()), pa.array(targets, pa.int64())],
         schema=TARGETS_SCHEMA.with_metadata(metadata),
     )
-    return _parquet(table)
+    buffer = BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
 
 
 def read_targets(path: Path) -> tuple[Mapping[str, int], tuple[str, ...] | None]:
@@ -94,13 +116,3 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     if not table.schema.equals(schema, check_metadata=False):
         raise CorruptStoreError(f"{path} has columns {table.schema.names}; expected {schema.names} of their types")
     return table
-
-
-def _write(path: Path, table: pa.Table) -> None:
-    write_file(path, [_parquet(table)])
-
-
-def _parquet(table: pa.Table) -> bytes:
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd", row_group_size=65536)
-    return buffer.getvalue()

@@ -40,7 +40,7 @@ class JournalLine:
     """What one finished block holds.
 
     `shards` are by path under `features.zarr`; `source_sha256` by row number; `ranges` are the smallest and
-    largest value of each tap of each array in this block; `environment` is the digest of where it ran.
+    largest value of each tap of each array in this block; `environment` is where it ran.
     """
 
     block: int
@@ -48,7 +48,7 @@ class JournalLine:
     rejected: tuple[Rejection, ...]
     source_sha256: Mapping[int, str]
     ranges: Mapping[str, list[list[float]]]
-    environment: str
+    environment: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         """The line as JSON."""

@@ -55,7 +55,7 @@ def _refuse_foreign(store: Path) -> None:
 
 
 def _is_leftover(name: str) -> bool:
-    return name == LOCK_NAME or name.endswith(TEMPORARY_SUFFIX)
+    return name in (LOCK_NAME, RECIPE + TEMPORARY_SUFFIX)
 
 
 def require_same_recipe(store: Path, old: Recipe, new: Recipe) -> None:

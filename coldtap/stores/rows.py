@@ -4,6 +4,7 @@ Blocks never cross a (split, view). Inside a split the samples follow one seeded
 blocks are class-mixed. The last block of a (split, view) is padded with absent rows.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -98,6 +99,14 @@ class RowPlan:
     def n_samples(self) -> int:
         """Samples in the plan, each counted once whatever its views."""
         return sum(len(samples) for samples in self.order.values())
+
+    def order_digest(self, ids: Sequence[str]) -> str:
+        """SHA-256 over the split and id of each sample in row order: which sample stands where."""
+        digest = hashlib.sha256()
+        for split, samples in self.order.items():
+            for sample in samples:
+                digest.update(f"{split}\n{ids[sample]}\n".encode())
+        return digest.hexdigest()
 
     def block(self, number: int) -> list[Row]:
         """The planned rows of a block; its padding has none."""

@@ -12,7 +12,15 @@ import pyarrow as pa
 from coldtap.stores.array_reader import StoredArray
 from coldtap.stores.canonical import sha256
 from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError, StoreError
-from coldtap.stores.index import SAMPLES, SAMPLES_SCHEMA, read_table, read_targets, targets_name
+from coldtap.stores.index import (
+    REJECTED,
+    REJECTED_SCHEMA,
+    SAMPLES,
+    SAMPLES_SCHEMA,
+    read_table,
+    read_targets,
+    targets_name,
+)
 from coldtap.stores.manifest import FEATURES, Entry, read_manifest
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
@@ -80,6 +88,7 @@ class Store:
     @cached_property
     def samples(self) -> pa.Table:
         """One line a present row, ascending: row, sample_id, view, split, source, source_sha256."""
+        self._require(SAMPLES)
         return read_table(self.path / SAMPLES, SAMPLES_SCHEMA)
 
     @cached_property
@@ -124,6 +133,16 @@ class Store:
         """Where the samples of rows came from."""
         sources: list[str] = self.samples["source"].take(pa.array(self._places(rows))).to_pylist()
         return sources
+
+    def splits_by_id(self) -> dict[str, str]:
+        """The split of every sample of the plan, rejected ones included, by sample id."""
+        self._require(REJECTED)
+        tables = self.samples, read_table(self.path / REJECTED, REJECTED_SCHEMA)
+        return {
+            sample: split
+            for table in tables
+            for sample, split in zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True)
+        }
 
     def _places(self, rows: Sequence[int] | Rows) -> Rows:
         wanted = np.asarray(rows, np.int64)

@@ -12,12 +12,14 @@ import numpy as np
 from coldtap.stores.array_reader import StoredArray
 from coldtap.stores.canonical import sha256
 from coldtap.stores.errors import CorruptStoreError, StoreError
-from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, read_table
+from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
 from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, files_of, read_manifest
 from coldtap.stores.recipe_file import read_recipe
 from coldtap.stores.shards import CRC_BYTES, ShardFile, tap_digests
 from coldtap.stores.store import Store
+
+MAX_THREADS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ def verify_store(
     Args:
         path: the store.
         advance: called with the bytes read, as files are done.
-        n_threads: None for one a core.
+        n_threads: None for one a core, up to 8: each holds a shard, twice.
 
     Raises:
         StoreError: there is no store to check, or it is incomplete.
@@ -78,7 +80,7 @@ def verify_store(
         advance(entry.n_bytes)
         return found
 
-    with ThreadPoolExecutor(n_threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(n_threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
         for found in pool.map(check, files):
             problems.extend(found)
     n_rows = 0
@@ -159,7 +161,8 @@ def _row_problems(store: Store, damaged: Set[str]) -> tuple[list[Problem], int]:
     """Rows that the tables and the shards do not agree on; shards that are damaged are reported themselves."""
     problems = []
     try:
-        listed = set(store.samples["row"].to_pylist())
+        # Read as they are: their digests are reported with the files.
+        listed = set(read_table(store.path / SAMPLES, SAMPLES_SCHEMA)["row"].to_pylist())
         rejected = set(read_table(store.path / REJECTED, REJECTED_SCHEMA)["row"].to_pylist())
     except CorruptStoreError as error:
         return [Problem(where=".", what=str(error))], 0

@@ -5,7 +5,7 @@ promises: a shard, then its block's journal line, then the manifest. A death bet
 most the blocks in flight.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from coldtap.stores.index import (
     REJECTED_SCHEMA,
     SAMPLES,
     SAMPLES_SCHEMA,
+    TARGETS,
     same_targets,
     targets_name,
     write_rows,
 )
 from coldtap.stores.journal import (
+    JOURNAL,
     JournalLine,
     Rejection,
     ShardRecord,
@@ -63,7 +65,7 @@ class StoreWriter:
         """
         with machine_errors(self.store):
             self.store.mkdir(parents=True, exist_ok=True)
-            for left in self.store.rglob(f"*{TEMPORARY_SUFFIX}"):
+            for left in self._leftovers():
                 left.unlink(missing_ok=True)
         recipe = readable_json({**self.recipe.to_dict(), "recorded": dict(recorded)})
         self._write_missing(RECIPE, recipe)
@@ -74,6 +76,13 @@ class StoreWriter:
             self._write_missing(name, data)
         self._statics = tuple(statics)
         fault_point("arrays-created")
+
+    def _leftovers(self) -> Iterable[Path]:
+        """Temporary files of a dead job; only where coldtap writes, for others may use the same ending."""
+        for name in (RECIPE, SAMPLES, REJECTED, MANIFEST):
+            yield self.store / (name + TEMPORARY_SUFFIX)
+        for folder in (FEATURES, JOURNAL, TARGETS):
+            yield from (self.store / folder).rglob(f"*{TEMPORARY_SUFFIX}")
 
     def _write_missing(self, name: str, data: bytes) -> None:
         if not (self.store / name).exists():
@@ -105,7 +114,7 @@ class StoreWriter:
         rejected: Sequence[Rejection],
         source_sha256: Mapping[int, str],
         ranges: Mapping[str, list[list[float]]],
-        environment: str,
+        environment: Mapping[str, Any],
     ) -> JournalLine:
         """Write a block's shards and then its journal line.
 
@@ -115,7 +124,7 @@ class StoreWriter:
             rejected: planned rows that are not there.
             source_sha256: digest of each present row's image as it was read.
             ranges: smallest and largest value of each tap, an array each.
-            environment: digest of where the features were made.
+            environment: where the features were made.
 
         Raises:
             MachineError: the disk is full or refuses; the block is then not there, all others are.
@@ -136,7 +145,7 @@ class StoreWriter:
             rejected=tuple(rejected),
             source_sha256=dict(source_sha256),
             ranges=ranges,
-            environment=environment,
+            environment=dict(environment),
         )
         write_line(self.store, line)
         fault_point("journal-written")
@@ -161,33 +170,30 @@ class StoreWriter:
         Raises:
             IncompleteStoreError: a block is missing.
         """
-        lines = [self._require_line(block) for block in range(self.plan.n_blocks)]
-        write_rows(self.store / SAMPLES, SAMPLES_SCHEMA, self._samples(lines, ids, where))
-        write_rows(self.store / REJECTED, REJECTED_SCHEMA, self._rejected(lines, ids, where))
+        write_rows(self.store / SAMPLES, SAMPLES_SCHEMA, self._samples(ids, where))
+        write_rows(self.store / REJECTED, REJECTED_SCHEMA, self._rejected(ids, where))
         for name, data in targets.items():
             write_file(self.store / targets_name(name), [data])
         fault_point("index-written")
-        return write_manifest(self.store, self._entries(lines, [*self._statics, *map(targets_name, targets)]))
+        return write_manifest(self.store, self._entries([*self._statics, *map(targets_name, targets)]))
 
-    def _require_line(self, block: int) -> JournalLine:
-        line = read_line(self.store, block)
-        if line is None:
-            raise IncompleteStoreError(f"{self.store}: block {block} of {self.plan.n_blocks} is not there yet")
-        return line
+    def _lines(self) -> Iterator[JournalLine]:
+        """Every block's line, one at a time: together they would grow with the dataset."""
+        for block in range(self.plan.n_blocks):
+            line = read_line(self.store, block)
+            if line is None:
+                raise IncompleteStoreError(f"{self.store}: block {block} of {self.plan.n_blocks} is not there yet")
+            yield line
 
-    def _samples(
-        self, lines: Sequence[JournalLine], ids: Sequence[str], where: Callable[[int], str]
-    ) -> Iterable[tuple[Any, ...]]:
-        for line in lines:
+    def _samples(self, ids: Sequence[str], where: Callable[[int], str]) -> Iterable[tuple[Any, ...]]:
+        for line in self._lines():
             for row in self.plan.block(line.block):
                 digest = line.source_sha256.get(row.number)
                 if digest is not None:
                     yield (row.number, ids[row.sample], row.view, row.split, where(row.sample), digest)
 
-    def _rejected(
-        self, lines: Sequence[JournalLine], ids: Sequence[str], where: Callable[[int], str]
-    ) -> Iterable[tuple[Any, ...]]:
-        for line in lines:
+    def _rejected(self, ids: Sequence[str], where: Callable[[int], str]) -> Iterable[tuple[Any, ...]]:
+        for line in self._lines():
             reasons = {rejection.row: rejection for rejection in line.rejected}
             for row in self.plan.block(line.block):
                 if rejection := reasons.get(row.number):
@@ -202,8 +208,8 @@ class StoreWriter:
                         rejection.tap,
                     )
 
-    def _entries(self, lines: Sequence[JournalLine], small: Iterable[str]) -> Iterable[Entry]:
-        for line in lines:
+    def _entries(self, small: Iterable[str]) -> Iterable[Entry]:
+        for line in self._lines():
             for key, shard in line.shards.items():
                 name = f"{FEATURES}/{key}"
                 yield Entry(sha256=shard.sha256, n_bytes=shard.n_bytes, name=name)

@@ -25,6 +25,7 @@ class Listing:
             labels='optional' may have gaps.
         class_names: One name a class, where the source has names.
         notes: Sentences that a user must be told.
+        val_is_cut: Whether val was cut from train here, by labels, because the source has no val split.
         fingerprint: SHA-256 over id and size in bytes of each sample in order; no image is read for it.
     """
 
@@ -33,6 +34,7 @@ class Listing:
     targets: tuple[int, ...] | None
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
+    val_is_cut: bool = False
     fingerprint: str
 
     def __len__(self) -> int:
@@ -98,10 +100,12 @@ def make_listing(
     resolved = resolve_splits(splits, len(ids), name=name, place=place, labels=labels)
     checked, left_out = check_labels(targets, class_names, name=name, place=place, labels=labels)
     told = [*notes, left_out]
+    val_is_cut = False
     if labels == "required" and checked is not None:
         if "val" not in resolved:
             resolved, note = cut_val(resolved, checked, ids, name=name, seed=seed)
             told.append(note)
+            val_is_cut = True
         told.append(classes_without_train(checked, resolved, class_names))
     return Listing(
         ids=tuple(ids),
@@ -109,6 +113,7 @@ def make_listing(
         targets=None if checked is None else tuple(checked.tolist()),
         class_names=None if class_names is None or checked is None else tuple(class_names),
         notes=tuple(note for note in told if note),
+        val_is_cut=val_is_cut,
         fingerprint=fingerprint,
     )
 

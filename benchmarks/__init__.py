@@ -1,0 +1,1 @@
+"""What coldtap costs, measured against the plain code that it replaces: `make bench`, or `python -m benchmarks`."""
