@@ -202,14 +202,14 @@ def draw(cells: list[Cell], path: Path) -> None:
         values.append(mean_over_sets(cells, adaptor))
         places = [i + (shift - 1) * 0.22 for i in range(len(values))]
         bars = axes.bar(places, [statistics.mean(v) for v in values], 0.2, color=colour, label=adaptor)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=3)
+        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=7)
         deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
         axes.errorbar(places, [statistics.mean(v) for v in values], deviations, fmt="none", ecolor="black", capsize=2)
-    axes.set_xticks(range(len(datasets)), datasets)
+    axes.set_xticks(range(len(datasets)), [name.replace("-", "-\n") for name in datasets])
     axes.set_ylabel("test accuracy (%)")
-    axes.set_ylim(0, 110)
+    axes.set_ylim(0, 115)
     axes.set_title("Adaptors trained from stored features of coldtap/vit-reference")
-    axes.legend(ncols=3, loc="upper left", frameon=False)
+    axes.legend(ncols=3, loc="upper center", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
