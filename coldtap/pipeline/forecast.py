@@ -10,7 +10,7 @@ from coldtap.stores.errors import MachineError
 from coldtap.stores.rows import RowPlan
 from coldtap.stores.shards import CRC_BYTES, ENTRY_BYTES
 
-# Measured: ids, digests and places in samples.parquet, and one line of the journal.
+# Ids, digests and places in samples.parquet, and one line of the journal; a test holds the forecast within 3 %.
 BYTES_PER_ROW_BESIDE = 250
 
 

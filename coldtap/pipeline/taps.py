@@ -98,8 +98,7 @@ class TokenTaps:
 def _whole(prefix: Tensor, patches: Tensor) -> Tensor:
     """Prefix and patch tokens as one tensor (batch, token, channel).
 
-    timm slices both out of one tensor; where they still lie side by side, that tensor is given back
-    without a copy (a twentieth of the whole job on a small backbone).
+    timm slices both out of one tensor; where they still lie side by side, that tensor is given back without a copy.
     """
     batch, n_prefix, channels = prefix.shape
     side_by_side = (

@@ -26,7 +26,8 @@ class Listing:
         class_names: One name a class, where the source has names.
         notes: Sentences that a user must be told.
         val_is_cut: Whether val was cut from train here, by labels, because the source has no val split.
-        fingerprint: SHA-256 over id and size in bytes of each sample in order; no image is read for it.
+        fingerprint: SHA-256 over id and size in bytes of each sample in order, or over ids and what stands for the
+            sizes where they cannot be had cheaply (Parquet: row-group sizes; Python: up to 64 hashed items).
     """
 
     ids: tuple[str, ...]
