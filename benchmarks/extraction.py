@@ -59,7 +59,7 @@ REFERENCE = Case(
     n_images=2048,
     n_search=256,
     batch_sizes=(16, 32, 64, 128),
-    repeats=7,
+    repeats=5,
     goal=0.85,
 )
 VIT_B = Case(
@@ -69,7 +69,7 @@ VIT_B = Case(
     side=224,
     file_side=256,
     n_images=128,
-    n_search=16,
+    n_search=8,
     batch_sizes=(4, 8, 16),
     repeats=3,
     goal=0.95,

@@ -97,7 +97,7 @@ def test_tables_of_another_store_are_not_believed(tmp_path):
 
 def test_a_store_inside_its_own_source_is_refused(tmp_path):
     write_classes(tmp_path / "images", 3, "ant", "bee")
-    with pytest.raises(OptionError, match="lies inside .* give a path outside it"):
+    with pytest.raises(OptionError, match=r"lies inside .* give a path outside it"):
         cache_features(tmp_path / "images", tmp_path / "images/store")
     assert not (tmp_path / "images/store").exists()
 
