@@ -173,7 +173,7 @@ def table(cells: list[Cell]) -> str:
         lines.append(f"| {dataset} | " + " | ".join(spread(by[dataset, a].test) for a in adaptors) + " |")
     lines.append("| **mean** | " + " | ".join(f"**{spread(mean_over_sets(cells, a))}**" for a in adaptors) + " |")
     of = {a: next(c for c in cells if c.adaptor == a) for a in adaptors}
-    lines.append("| bytes read a sample | " + " | ".join(f"{of[a].bytes_per_sample:,}" for a in adaptors) + " |")
+    lines.append("| bytes used a sample | " + " | ".join(f"{of[a].bytes_per_sample:,}" for a in adaptors) + " |")
     spans = {a: [c.parameters for c in cells if c.adaptor == a] for a in adaptors}
     lines.append("| parameters | " + " | ".join(f"{min(spans[a]):,} – {max(spans[a]):,}" for a in adaptors) + " |")
     seconds = {a: statistics.mean(c.seconds for c in cells if c.adaptor == a) for a in adaptors}
