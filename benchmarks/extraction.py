@@ -124,7 +124,7 @@ def _search(case: Case, loops: dict[str, Executor]) -> Loop:
     ]
     rounds = [
         [loops[loop.waiting].submit(bare_speed, case, loop, False, case.n_search).result() for loop in tried]
-        for _ in range(2)
+        for _ in range(3)
     ]
     fastest = [max(speeds, key=lambda speed: speed.images_per_s) for speeds in zip(*rounds, strict=True)]
     return max(zip(tried, fastest, strict=True), key=lambda pair: pair[1].images_per_s)[0]

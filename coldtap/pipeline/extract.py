@@ -2,7 +2,8 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,19 +31,19 @@ class Extraction:
         environment: where the job runs, for the journal.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
         advance: called with the number of rows done, after each batch.
-        device_turn: one block at a time has the device; the others decode or write meanwhile.
+        device: the one thread that runs the backbone, block after block, while other blocks decode or write.
         stop: set when the job must end; blocks in flight are then dropped at their next batch.
         spare_buffers: those of blocks that are written; fresh memory costs more than the copies into it.
     """
 
     backbone: Backbone
     decoder: Decoder
+    device: Executor
     writer: StoreWriter
     exponents: Mapping[str, Sequence[int]]
     environment: Mapping[str, Any]
     fail_on_bad_image: bool = False
     advance: Callable[[int], None] = lambda n_rows: None
-    device_turn: threading.Lock = field(default_factory=threading.Lock)
     stop: threading.Event = field(default_factory=threading.Event)
     spare_buffers: deque[dict[str, ShardBuffer]] = field(default_factory=deque)
 
@@ -62,29 +63,43 @@ def extract_block(job: Extraction, block: int) -> JournalLine:
         InterruptedRunError: the job was stopped.
         MachineError: the disk is full or refuses.
     """
-    rows = job.writer.plan.block(block)
-    batches = job.decoder.batches(rows)
-    rejected: list[Rejection] = []
-    digests: dict[int, str] = {}
-    with job.device_turn:
-        buffers = job.take_buffers()
-        encoder = BlockEncoder(buffers, job.writer.specs[0].tier, job.exponents)
-        for batch in batches:
-            if job.stop.is_set():
-                raise InterruptedRunError("stopped")
-            flaws = _extract_batch(job, batch, encoder)
-            _sort_out(job, batch, flaws, digests, rejected)
-            job.advance(len(batch.rows))
+    # Decoding starts at once; the features wait for the device.
+    batches = job.decoder.batches(job.writer.plan.block(block))
+    found = job.device.submit(_features, job, batches).result()
     line = job.writer.write_block(
         block,
-        buffers,
-        rejected=rejected,
-        source_sha256=digests,
-        ranges=encoder.ranges(),
+        found.buffers,
+        rejected=found.rejected,
+        source_sha256=found.digests,
+        ranges=found.ranges,
         environment=job.environment,
     )
-    job.spare_buffers.append(buffers)
+    job.spare_buffers.append(found.buffers)
     return line
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Features:
+    """What the device gives for a block, ready to be written."""
+
+    buffers: dict[str, ShardBuffer]
+    ranges: dict[str, list[list[float]]]
+    rejected: list[Rejection]
+    digests: dict[int, str]
+
+
+def _features(job: Extraction, batches: Iterator[DecodedBatch]) -> _Features:
+    buffers = job.take_buffers()
+    encoder = BlockEncoder(buffers, job.writer.specs[0].tier, job.exponents)
+    rejected: list[Rejection] = []
+    digests: dict[int, str] = {}
+    for batch in batches:
+        if job.stop.is_set():
+            raise InterruptedRunError("stopped")
+        flaws = _extract_batch(job, batch, encoder)
+        _sort_out(job, batch, flaws, digests, rejected)
+        job.advance(len(batch.rows))
+    return _Features(buffers=buffers, ranges=encoder.ranges(), rejected=rejected, digests=digests)
 
 
 def _extract_batch(job: Extraction, batch: DecodedBatch, encoder: BlockEncoder) -> dict[int, Flaw]:

@@ -181,7 +181,7 @@ class _Work:
         require_space(self.store, ahead)
         with machine_errors(self.store):
             self.store.mkdir(parents=True, exist_ok=True)
-        with StoreLock(self.store), stop_on_signals() as request:
+        with StoreLock(self.store), stop_on_signals() as request, ThreadPoolExecutor(1, "device") as device:
             self._require_alone()
             recorded = self.recorded or {
                 "environment": self.environment,
@@ -193,6 +193,7 @@ class _Work:
             extraction = Extraction(
                 backbone=plan.backbone,
                 decoder=decoder,
+                device=device,
                 writer=writer,
                 exponents=recorded["scale_exponents"],
                 environment=self.environment,
