@@ -1,17 +1,20 @@
 """Small real stores, written by the real writer from numbers, for tests that need no backbone."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, Geometry, Tier, plan_arrays
+from coldtap.stores.arrays import ArraySpec, Geometry, Layout, Tier, plan_arrays
+from coldtap.stores.codes import ErrorBound, Scaling, choose_scaling
 from coldtap.stores.index import targets_bytes
 from coldtap.stores.journal import Rejection
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import RowPlan
+from coldtap.stores.tiers import Numbers
 from coldtap.stores.writer import StoreWriter
 
 GEOMETRY = Geometry(grid=(2, 3), prefix_tokens=1, channels=8)
@@ -31,6 +34,9 @@ def synthetic_store(
     geometries: Mapping[int, Geometry] | None = None,
     gathers: Mapping[str, Sequence[int]] | None = None,
     tier: Tier = "float32",
+    layout: Layout = "fast",
+    snr_db: float = 30,
+    scaling: Mapping[str, Scaling] | None = None,
     views: int = 0,
     block_rows: int | None = None,
     rejected: Sequence[int] = (),
@@ -50,7 +56,7 @@ def synthetic_store(
     geometries = geometries or dict.fromkeys(range(n_taps), GEOMETRY)
     gathers = gathers or {"layers": range(n_taps), "sum": [n_taps - 1], "pooled": range(n_taps)}
     ids = [f"sample-{i:03d}" for i in range(len(targets))]
-    specs = plan_arrays(geometries, gathers, tier)
+    specs = plan_arrays(geometries, gathers, tier, layout)
     if block_rows:
         specs = tuple(_with_rows(spec, block_rows) for spec in specs)
     keep = [split for split in ("train", "val", "test") if split in splits]
@@ -61,18 +67,18 @@ def synthetic_store(
             "taps": [{"name": f"z{i}", **g.to_dict()} for i, g in geometries.items()],
         },
         rows={"listing": "0" * 64, "views": views, "splits": {s: len(o) for s, o in plan.order.items()}},
-        encoding={"gathers": {name: list(taps) for name, taps in gathers.items()}, "tier": tier},
+        encoding={
+            "gathers": {name: list(taps) for name, taps in gathers.items()},
+            "tier": tier,
+            "layout": layout,
+            "block_rows": specs[0].block_rows,
+        },
     )
     writer = StoreWriter(path, recipe, specs, plan)
-    exponents = {spec.name: [0] * len(spec.taps) for spec in specs}
+    recorded = {"environment": {"device": "none"}, "model": "synthetic", "source": "memory"}
+    numbers = {spec.name: _numbers(spec, values[0], ErrorBound(snr_db=snr_db), scaling or {}) for spec in specs}
     path.mkdir(parents=True, exist_ok=True)
-    recorded = {
-        "scale_exponents": exponents,
-        "environment": {"device": "none"},
-        "model": "synthetic",
-        "source": "memory",
-    }
-    writer.start(recorded, norm or layer_norm(8))
+    writer.start(recorded, numbers, norm or layer_norm(8))
     for block in range(plan.n_blocks) if blocks is None else blocks:
         _write(writer, block, values, rejected)
     if finish:
@@ -81,7 +87,20 @@ def synthetic_store(
 
 
 def _with_rows(spec: ArraySpec, block_rows: int) -> ArraySpec:
-    return ArraySpec(gather=spec.gather, geometry=spec.geometry, taps=spec.taps, tier=spec.tier, block_rows=block_rows)
+    return replace(spec, block_rows=block_rows)
+
+
+def _numbers(spec: ArraySpec, taps: np.ndarray[Any, Any], bound: ErrorBound, given: Mapping[str, Scaling]) -> Numbers:
+    if spec.tier != "int8":
+        return Numbers(exponents=(0,) * len(spec.taps))
+    values = np.stack([by_tap(gathered(spec, sample)) for sample in taps], axis=1)
+    samples = values.reshape(len(spec.taps), -1, spec.geometry.channels)
+    return Numbers(exponents=(0,) * len(spec.taps), scaling=given.get(spec.name) or choose_scaling(samples, bound))
+
+
+def by_tap(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """An array's row with a tap axis: (tap, token, channel)."""
+    return values.reshape(-1, *values.shape[-2:])
 
 
 def _write(writer: StoreWriter, block: int, values: np.ndarray[Any, Any], rejected: Sequence[int]) -> None:
@@ -89,8 +108,8 @@ def _write(writer: StoreWriter, block: int, values: np.ndarray[Any, Any], reject
     rows = writer.plan.block(block)
     for row in rows:
         for spec in writer.specs:
-            stored = encode(gathered(spec, values[row.view, row.sample]), spec.tier)
-            buffers[spec.name].values[row.number % spec.block_rows] = stored
+            kept = by_tap(gathered(spec, values[row.view, row.sample]))
+            buffers[spec.name].put(kept[None], [row.number % spec.block_rows])
     writer.write_block(
         block,
         buffers,

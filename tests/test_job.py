@@ -18,6 +18,7 @@ from coldtap.pipeline.job import cache_features, choose_batch_size
 from coldtap.pipeline.preprocess import Augmentation
 from coldtap.pipeline.report import Silence
 from coldtap.stores import open_store
+from coldtap.stores.codes import SCALE_OF_STEP
 from coldtap.stores.errors import (
     MachineError,
     ModelError,
@@ -169,7 +170,20 @@ def test_a_chosen_tap_holds_the_numbers_of_that_tap(tmp_path):
         ({"taps": ""}, OptionError, "--taps : expected all"),
         ({"sum_at": "-1"}, ModelError, "--sum-at -1: the backbone has taps 0 to 2"),
         ({"gather": ["mean"]}, OptionError, "--gather mean: choose among layers, sum, pooled"),
-        ({"tier": "int8"}, OptionError, "--tier int8: choose one of float32, float16, bfloat16"),
+        ({"tier": "int4"}, OptionError, "--tier int4: choose one of float32, float16, bfloat16, int8"),
+        (
+            {"tier": "float16", "layout": "compact"},
+            OptionError,
+            "lossless compression buys 7 to 16 % of float features",
+        ),
+        ({"tier": "int8", "layout": "odd"}, OptionError, "--layout odd: choose one of fast, compact"),
+        (
+            {"snr": 30},
+            OptionError,
+            "--snr and --max-error bound the errors of --tier int8; --tier float16 was asked for",
+        ),
+        ({"tier": "int8", "snr": 30, "max_error": 0.1}, OptionError, "give --snr or --max-error, one of the two"),
+        ({"tier": "int8", "snr": 80}, OptionError, "--snr 80 needs steps of"),
         ({"precision": "half"}, OptionError, "--precision half: choose one of"),
         ({"split": ["dev"]}, OptionError, "--split dev: choose among train, val, test"),
         ({"split": ["test"]}, OptionError, "--split test: the source has no test images, only"),
@@ -482,3 +496,27 @@ def test_images_of_any_size_and_mode_share_a_batch(tmp_path):
     ]
     images["train"][3] = (Image.new("CMYK", (4, 9), (9, 9, 9, 9)), 1)
     assert cache(images, tmp_path / "s").n_rejected == 0
+
+
+@pytest.mark.parametrize("layout", ["fast", "compact"])
+def test_int8_keeps_every_value_within_its_bound(tmp_path, layout):
+    images = in_memory(train=40, val=4, test=3)
+    cache(images, tmp_path / "exact", tier="float32")
+    report = cache(images, tmp_path / "s", tier="int8", layout=layout, snr=25)
+    assert report.status == "written"
+    exact, store = open_store(tmp_path / "exact"), open_store(tmp_path / "s")
+    rule = store.recipe.encoding["scales"]
+    assert (rule["snr_db"], rule["calibration_rows"], store.recipe.encoding["layout"]) == (25, 128, layout)
+    assert set(store.recorded["errors"]) == {name for name in store.arrays if not name.startswith("pooled")}
+    for name, array in store.arrays.items():
+        if array.spec.tier != "int8":
+            continue
+        for split in ("train", "val", "test"):
+            expected, found = read(exact.arrays[name], exact.rows(split)), read(array, store.rows(split))
+            bound = array.scaling_of().scale.astype(float) / SCALE_OF_STEP / 2
+            bound = bound[:, None] if array.gather == "layers" else bound
+            assert (np.abs(expected.astype(float) - found) <= bound).all()
+    again = cache(images, tmp_path / "s", tier="int8", layout=layout, snr=25)
+    assert (again.status, again.digest) == ("unchanged", report.digest)
+    with pytest.raises(RecipeMismatchError, match=r"encoding\.scales\.snr_db: 25 → 26"):
+        cache(images, tmp_path / "s", tier="int8", layout=layout, snr=26)

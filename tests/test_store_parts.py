@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldtap.stores.arrays import Geometry, plan_arrays, spec_from_attributes
+from coldtap.stores.arrays import Geometry, arrays_of_recipe, plan_arrays
 from coldtap.stores.canonical import canonical_json
 from coldtap.stores.durable import machine_errors, write_file
 from coldtap.stores.errors import (
@@ -28,7 +28,7 @@ from coldtap.stores.manifest import Entry, read_manifest, write_manifest
 from coldtap.stores.recipe import Recipe, differences
 from coldtap.stores.recipe_file import read_recipe
 from coldtap.stores.rows import RowPlan
-from coldtap.stores.tiers import FLOAT16_MAX, HEADROOM, float16_exponent, restore
+from coldtap.stores.tiers import FLOAT16_MAX, HEADROOM, Numbers, float16_exponent, restore
 
 RECIPE = Recipe(extractor={"weights": "a", "taps": [1, 2]}, rows={"seed": 0}, encoding={"tier": "float16"})
 
@@ -119,24 +119,34 @@ def test_float16_exponent_leaves_the_headroom_and_no_more(largest):
 def test_bfloat16_bits_come_back_as_the_float32_that_they_are(values):
     bits = (np.array(values, np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(1, 1, 4)
     out = np.empty((1, 1, 4), np.float32)
-    restore(bits, out, "bfloat16", [0])
+    restore(bits[:, :, None], out[:, :, None], "bfloat16", Numbers(exponents=(0,)))
     np.testing.assert_array_equal(out.view(np.uint32) >> 16, bits)
     assert not (out.view(np.uint32) & 0xFFFF).any()
 
 
 def test_float16_scales_are_undone_a_tap_each():
-    out = np.empty((1, 2, 1), np.float32)
-    restore(np.array([[[1.5], [1.5]]], np.float16), out, "float16", [0, 10])
+    out = np.empty((1, 2, 1, 1), np.float32)
+    restore(np.array([1.5, 1.5], np.float16).reshape(out.shape), out, "float16", Numbers(exponents=(0, 10)))
     np.testing.assert_array_equal(out.ravel(), [1.5, 1536])
 
 
-def test_specs_come_back_from_their_attributes():
+def test_arrays_come_back_from_the_recipe():
     geometry = Geometry(grid=(2, 2), prefix_tokens=0, channels=4)
-    spec = plan_arrays({0: geometry, 1: geometry}, {"layers": [0, 1]}, "float16")[0]
-    attributes = {"gather": "layers", "taps": [0, 1], "tier": "float16", "block_rows": 512, **geometry.to_dict()}
-    assert spec_from_attributes(attributes, where="here") == spec
-    with pytest.raises(CorruptStoreError, match="do not describe a coldtap array"):
-        spec_from_attributes({"gather": "layers"}, where="here")
+    gathers = {"layers": [0, 1], "sum": [1], "pooled": [1]}
+    for tier, layout in (("float16", "fast"), ("int8", "compact")):
+        specs = plan_arrays({0: geometry, 1: geometry}, gathers, tier, layout)
+        encoding = {"gathers": gathers, "tier": tier, "layout": layout, "block_rows": specs[0].block_rows}
+        extractor = {"taps": [{"name": "z", **geometry.to_dict()}] * 2}
+        assert arrays_of_recipe(extractor, encoding, where="here") == specs
+        for damage in ({"tier": "int4"}, {"layout": "odd"}, {"gathers": {"layers": [7]}}, {"block_rows": None}):
+            with pytest.raises(CorruptStoreError, match=r"here: (its recipe does not describe|tier)"):
+                arrays_of_recipe(extractor, encoding | damage, where="here")
+
+
+def test_only_codes_are_compressed():
+    geometry = Geometry(grid=(2, 2), prefix_tokens=0, channels=4)
+    with pytest.raises(OptionError, match="--layout compact with --tier float16: lossless compression buys"):
+        plan_arrays({0: geometry}, {"layers": [0]}, "float16", "compact")
 
 
 def test_stage_geometries_get_an_array_each_and_no_sum():
@@ -150,12 +160,15 @@ def test_stage_geometries_get_an_array_each_and_no_sum():
 def test_manifest_round_trips_and_refuses_names_that_leave_the_store(tmp_path):
     entries = [Entry(sha256="b" * 64, n_bytes=2, name="z"), Entry(sha256="a" * 64, n_bytes=1, name="a/b#3")]
     digest = write_manifest(tmp_path, entries)
-    found, again = read_manifest(tmp_path)
-    assert (list(found.values()), again) == (entries[::-1], digest)
+    manifest = read_manifest(tmp_path)
+    assert (list(manifest.entries().values()), manifest.digest) == (entries[::-1], digest)
+    assert [manifest.find(name) for name in ("a/b#3", "z", "a", "zz", "")] == [entries[1], entries[0], None, None, None]
     for name in ("../x", "/etc/passwd", "a/../../b"):
         (tmp_path / "manifest").write_text(f"{'a' * 64} 1 {name}\n")
         with pytest.raises(CorruptStoreError, match="line 1"):
-            read_manifest(tmp_path)
+            read_manifest(tmp_path).entries()
+        with pytest.raises(CorruptStoreError, match="line 1"):
+            read_manifest(tmp_path).find("z")
     (tmp_path / "manifest").unlink()
     with pytest.raises(IncompleteStoreError, match="run the same"):
         read_manifest(tmp_path)
@@ -164,7 +177,7 @@ def test_manifest_round_trips_and_refuses_names_that_leave_the_store(tmp_path):
 def test_journal_lines_round_trip_and_a_damaged_one_says_what_to_do(tmp_path):
     line = JournalLine(
         block=3,
-        shards={"layers/x/c/3": ShardRecord(n_bytes=9, sha256="a" * 64, tap_sha256=("b" * 64,))},
+        shards={"layers/x/c/3": ShardRecord(n_bytes=9, sha256="a" * 64, tap_bytes=(5,), tap_sha256=("b" * 64,))},
         rejected=(Rejection(row=7, reason="truncated", tap=None),),
         source_sha256={6: "c" * 64},
         ranges={"layers/x": [[-1.0, 2.5]]},

@@ -203,10 +203,13 @@ def test_a_row_without_its_line_and_a_line_without_its_row_are_found_out(store):
     pq.write_table(table.set_column(0, table.schema.field(0), [[*rows[:-1], 700]]), store / "samples.parquet")
     assert places(store) == {"samples.parquet"}
     relist(store, "samples.parquet")
-    assert sorted(problems(store)) == [
-        ("samples.parquet", f"row {row} of {name} {what}")
-        for row, what in ((rows[-1], "has a chunk and no line"), (700, "has a line and no chunk"))
-        for name in sorted(open_store(store).arrays)
+    assert problems(store) == [
+        ("samples.parquet", "row 700 is not where the recipe's plan has its split and view"),
+        *(
+            ("samples.parquet", f"row {row} of {name} {what}")
+            for name in sorted(open_store(store).arrays)
+            for row, what in ((rows[-1], "has a chunk and no line"), (700, "has a line and no chunk"))
+        ),
     ]
 
 

@@ -37,7 +37,18 @@ def cache_features(
     sum_at: Annotated[
         str | None, typer.Option(help="Keep z0 + … + zk at these k, such as 6,12. Default: the last tap.")
     ] = None,
-    tier: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float16",
+    tier: Annotated[
+        str, typer.Option(help="float32, float16, bfloat16, or int8: codes with a bounded error.")
+    ] = "float16",
+    layout: Annotated[
+        str | None, typer.Option(help="Of int8: compact (zstd; the default) or fast (twice the speed, a third larger).")
+    ] = None,
+    snr: Annotated[
+        float | None, typer.Option(help="Of int8: signal to noise in every channel, in dB. Default: 30.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Of int8, instead: largest error of a value, in deviations of its channel.")
+    ] = None,
     precision: Annotated[str, typer.Option(help="Of the backbone: float32, bfloat16 or float16.")] = "float32",
     split: Annotated[
         list[str] | None, typer.Option(help="train, val or test; repeat it for several. Default: all.")
@@ -92,6 +103,9 @@ def cache_features(
             gather=gather or None,
             sum_at=sum_at,
             tier=tier,  # type: ignore[arg-type]
+            layout=layout,  # type: ignore[arg-type]
+            snr=snr,
+            max_error=max_error,
             split=split or None,
             views=views,
             seed=seed,

@@ -62,7 +62,14 @@ class Predictor:
     def features(self, pixels: Tensor) -> Tensor:
         """What the adaptor reads, in float32, from (batch, channel, height, width) uint8 pixels."""
         needed = self.info.features
-        spec = ArraySpec(gather=needed.gather, geometry=needed.geometry, taps=needed.taps, tier="float32", block_rows=1)
+        spec = ArraySpec(
+            gather=needed.gather,
+            geometry=needed.geometry,
+            taps=needed.taps,
+            tier="float32",
+            layout="fast",
+            block_rows=1,
+        )
         parts = [part.values.float() for part in gather(self.backbone(pixels), [spec])]
         return parts[0] if needed.gather == "sum" else torch.stack(parts, dim=1)
 

@@ -1,14 +1,16 @@
-"""From features on a device to the bytes of a block, in the store's tier."""
+"""From features on a device to the stored numbers of a block, in each array's tier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from coldtap.pipeline.gather import Gathered
-from coldtap.stores.arrays import Tier
-from coldtap.stores.shards import ShardBuffer
+from coldtap.stores.block import ArrayBuffer, BlockBuffers
+from coldtap.stores.codes import MAX_CODE, MAX_WIDE_CODE, Escapes
 from coldtap.stores.tiers import FLOAT16_MAX
 
 
@@ -21,15 +23,13 @@ class Flaw:
 
 
 class BlockEncoder:
-    """Writes gathered batches into the buffers of one block, and keeps their ranges and flaws.
+    """Writes gathered batches into the buffers of one block, and keeps their ranges and flaws."""
 
-    `exponents` are those of each array's taps; they are zero outside float16.
-    """
-
-    def __init__(self, buffers: Mapping[str, ShardBuffer], tier: Tier, exponents: Mapping[str, Sequence[int]]) -> None:
-        self._views = {name: _as_tensor(buffer, tier) for name, buffer in buffers.items()}
-        self._tier = tier
-        self._exponents = exponents
+    def __init__(self, buffers: BlockBuffers, device: torch.device) -> None:
+        self._encoders = {
+            name: _CodeEncoder(buffer, device) if buffer.spec.tier == "int8" else _FloatEncoder(buffer)
+            for name, buffer in buffers.items()
+        }
         self._ranges: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in buffers}
 
     def write(self, part: Gathered, places: Sequence[int], flaws: dict[int, Flaw]) -> None:
@@ -40,17 +40,11 @@ class BlockEncoder:
             places: the row of the block of each image of the batch, ascending and consecutive.
             flaws: reasons by image of the batch; images with one are written but not counted.
         """
-        exponent = self._exponents[part.array][part.position or 0]
-        self._note(part, flaws, exponent)
-        rows = self._views[part.array][places[0] : places[-1] + 1]
-        target = rows if part.position is None else rows[:, part.position]
-        values = part.values if exponent == 0 else torch.ldexp(part.values.float(), torch.tensor(-exponent))
-        if values.device.type != "cpu":
-            values = values.to(target.dtype)  # half the bytes over the bus
-        target.copy_(values)
+        encoder = self._encoders[part.array]
+        self._note(part, flaws, encoder.limit(part.position or 0))
+        encoder.write(part.values, part.position or 0, places)
 
-    def _note(self, part: Gathered, flaws: dict[int, Flaw], exponent: int) -> None:
-        limit = FLOAT16_MAX * 2.0**exponent if self._tier == "float16" else float("inf")
+    def _note(self, part: Gathered, flaws: dict[int, Flaw], limit: float) -> None:
         lows, highs = part.low.tolist(), part.high.tolist()
         for image, (low, high) in enumerate(zip(lows, highs, strict=True)):
             if image not in flaws and (flaw := _flaw(part, low, high, limit)):
@@ -78,7 +72,82 @@ def _flaw(part: Gathered, low: float, high: float, limit: float) -> Flaw | None:
     return None
 
 
-def _as_tensor(buffer: ShardBuffer, tier: Tier) -> Tensor:
-    """The buffer's values as a tensor that shares them: (row, …), bfloat16 where the bits are."""
-    values = torch.from_numpy(buffer.values)
-    return values.view(torch.bfloat16) if tier == "bfloat16" else values
+class _FloatEncoder:
+    """float32, float16 and bfloat16."""
+
+    def __init__(self, buffer: ArrayBuffer) -> None:
+        self._tier, self._exponents = buffer.spec.tier, buffer.numbers.exponents
+        self._rows = _by_tap(buffer.shard.values)
+        if self._tier == "bfloat16":
+            self._rows = self._rows.view(torch.bfloat16)
+
+    def limit(self, place: int) -> float:
+        """The largest |x| that can be kept."""
+        return FLOAT16_MAX * 2.0 ** self._exponents[place] if self._tier == "float16" else float("inf")
+
+    def write(self, values: Tensor, place: int, rows: Sequence[int]) -> None:
+        """Keep the values (batch, token, channel) of one tap."""
+        exponent = self._exponents[place]
+        target = self._rows[rows[0] : rows[-1] + 1, place]
+        scaled = values if exponent == 0 else torch.ldexp(values.float(), torch.tensor(-exponent))
+        if scaled.device.type != "cpu":
+            scaled = scaled.to(target.dtype)  # half the bytes over the bus
+        target.copy_(scaled)
+
+
+class _CodeEncoder:
+    """int8 codes, made on the device that has the features: a quarter of the bytes over the bus.
+
+    The arithmetic is that of `coldtap.stores.codes.encode`, bit for bit: float32, division, rounding to nearest even.
+    """
+
+    def __init__(self, buffer: ArrayBuffer, device: torch.device) -> None:
+        scaling = buffer.numbers.scaling
+        assert scaling is not None
+        self._scale, self._offset = (torch.from_numpy(v).to(device) for v in (scaling.scale, scaling.offset))
+        self._codes = _by_tap(buffer.shard.values)
+        self._wide = None if buffer.wide is None else torch.from_numpy(buffer.wide.values)
+        self._escapes = buffer.escapes
+        self._slots: dict[int, list[tuple[int, int]]] = {}
+        for slot, (place, channel) in enumerate(scaling.wide):
+            self._slots.setdefault(place, []).append((slot, channel))
+
+    def limit(self, place: int) -> float:
+        """Every finite value can be kept."""
+        return float("inf")
+
+    def write(self, values: Tensor, place: int, rows: Sequence[int]) -> None:
+        """Keep the values (batch, token, channel) of one tap."""
+        values = values.float()
+        steps = (values - self._offset[place]).div_(self._scale[place]).round_()
+        if slots := self._slots.get(place):
+            self._write_wide(values, steps, slots, place, rows)
+        # One look at the extremes is cheaper than a mask, and most batches have no escape.
+        if float(steps.amax()) > MAX_CODE or float(steps.amin()) < -MAX_CODE:
+            self._escape(values, steps.abs() > MAX_CODE, place, rows)
+            steps.clamp_(-MAX_CODE, MAX_CODE)
+        self._codes[rows[0] : rows[-1] + 1, place].copy_(steps.to(torch.int8))
+
+    def _write_wide(
+        self, values: Tensor, steps: Tensor, slots: list[tuple[int, int]], place: int, rows: Sequence[int]
+    ) -> None:
+        assert self._wide is not None
+        channels = [channel for _, channel in slots]
+        wide = steps[:, :, channels]
+        beyond = torch.zeros_like(steps, dtype=torch.bool)
+        beyond[:, :, channels] = wide.abs() > MAX_WIDE_CODE
+        self._escape(values, beyond, place, rows)
+        kept = wide.clamp(-MAX_WIDE_CODE, MAX_WIDE_CODE).to(torch.int16).transpose(1, 2)
+        self._wide[rows[0] : rows[-1] + 1, [slot for slot, _ in slots]] = kept.cpu()
+        steps[:, :, channels] = 0
+
+    def _escape(self, values: Tensor, beyond: Tensor, place: int, rows: Sequence[int]) -> None:
+        image, token, channel = beyond.nonzero().T.cpu().numpy()
+        position = np.stack([image + rows[0], np.full_like(image, place), token, channel], axis=1)
+        self._escapes.append(Escapes(position=position.astype(np.uint32), value=values[beyond].cpu().numpy()))
+
+
+def _by_tap(values: np.ndarray[Any, Any]) -> Tensor:
+    """A block's stored numbers as a tensor that shares them, with a tap axis: (row, tap, token, channel)."""
+    tensor = torch.from_numpy(values)
+    return tensor if tensor.ndim == 4 else tensor[:, None]

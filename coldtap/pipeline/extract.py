@@ -2,7 +2,7 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,9 @@ from coldtap.pipeline.backbone import Backbone
 from coldtap.pipeline.decode_ahead import DecodedBatch, Decoder
 from coldtap.pipeline.encode import BlockEncoder, Flaw
 from coldtap.pipeline.gather import gather
+from coldtap.stores.block import BlockBuffers
 from coldtap.stores.errors import InterruptedRunError, SourceError
 from coldtap.stores.journal import JournalLine, Rejection
-from coldtap.stores.shards import ShardBuffer
 from coldtap.stores.writer import StoreWriter
 
 
@@ -27,7 +27,6 @@ class Extraction:
         backbone: the frozen model.
         decoder: images to pixels.
         writer: the store in the making.
-        exponents: float16 exponents of each array's taps.
         environment: where the job runs, for the journal.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
         advance: called with the number of rows done, after each batch.
@@ -40,14 +39,13 @@ class Extraction:
     decoder: Decoder
     device: Executor
     writer: StoreWriter
-    exponents: Mapping[str, Sequence[int]]
     environment: Mapping[str, Any]
     fail_on_bad_image: bool = False
     advance: Callable[[int], None] = lambda n_rows: None
     stop: threading.Event = field(default_factory=threading.Event)
-    spare_buffers: deque[dict[str, ShardBuffer]] = field(default_factory=deque)
+    spare_buffers: deque[BlockBuffers] = field(default_factory=deque)
 
-    def take_buffers(self) -> dict[str, ShardBuffer]:
+    def take_buffers(self) -> BlockBuffers:
         """Buffers for one block, with whatever an earlier one left in them."""
         try:
             return self.spare_buffers.pop()
@@ -82,7 +80,7 @@ def extract_block(job: Extraction, block: int) -> JournalLine:
 class _Features:
     """What the device gives for a block, ready to be written."""
 
-    buffers: dict[str, ShardBuffer]
+    buffers: BlockBuffers
     ranges: dict[str, list[list[float]]]
     rejected: list[Rejection]
     digests: dict[int, str]
@@ -90,7 +88,7 @@ class _Features:
 
 def _features(job: Extraction, batches: Iterator[DecodedBatch]) -> _Features:
     buffers = job.take_buffers()
-    encoder = BlockEncoder(buffers, job.writer.specs[0].tier, job.exponents)
+    encoder = BlockEncoder(buffers, job.backbone.device)
     rejected: list[Rejection] = []
     digests: dict[int, str] = {}
     for batch in batches:

@@ -1,14 +1,15 @@
 """Before the job starts: how many bytes, how long, and whether they fit."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.arrays import ArraySpec, bytes_per_row
+from coldtap.stores.chunks import CRC_BYTES
 from coldtap.stores.errors import MachineError
 from coldtap.stores.rows import RowPlan
-from coldtap.stores.shards import CRC_BYTES, ENTRY_BYTES
+from coldtap.stores.shards import ENTRY_BYTES
 
 # Ids, digests and places in samples.parquet, and one line of the journal; a test holds the forecast within 3 %.
 BYTES_PER_ROW_BESIDE = 250
@@ -32,15 +33,25 @@ class Forecast:
 
 
 def forecast(
-    store: Path, specs: Sequence[ArraySpec], plan: RowPlan, blocks: Sequence[int], rows_per_second: float
+    store: Path,
+    specs: Sequence[ArraySpec],
+    plan: RowPlan,
+    blocks: Sequence[int],
+    rows_per_second: float,
+    compressed: Mapping[str, float],
 ) -> Forecast:
-    """Forecast the blocks that are still to be done."""
+    """Forecast the blocks that are still to be done.
+
+    `compressed` is the share of its bytes that compression leaves of each `compact` array.
+    """
     n_rows = sum(len(plan.block(block)) for block in blocks)
-    per_row = sum(spec.bytes_per_row + spec.chunks_per_row * CRC_BYTES for spec in specs) + BYTES_PER_ROW_BESIDE
+    per_row = BYTES_PER_ROW_BESIDE + sum(
+        compressed.get(spec.name, 1) * bytes_per_row(spec) + spec.chunks_per_row * CRC_BYTES for spec in specs
+    )
     per_block = sum(spec.block_rows * spec.chunks_per_row * ENTRY_BYTES + CRC_BYTES for spec in specs)
     return Forecast(
         n_rows=n_rows,
-        n_bytes=n_rows * per_row + len(blocks) * per_block,
+        n_bytes=round(n_rows * per_row) + len(blocks) * per_block,
         seconds=n_rows / rows_per_second,
         free_bytes=shutil.disk_usage(_existing(store)).free,
     )

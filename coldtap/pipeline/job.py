@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from coldtap.pipeline.backbone import Backbone, Precision, load_backbone
-from coldtap.pipeline.calibrate import calibrate
+from coldtap.pipeline.calibrate import Calibration, calibrate
 from coldtap.pipeline.decode_ahead import Decoder
 from coldtap.pipeline.environment import describe_environment, require_same_environment
 from coldtap.pipeline.extract import Extraction
@@ -22,7 +22,8 @@ from coldtap.pipeline.report import CacheReport, Reporter, Silence
 from coldtap.pipeline.run_blocks import run_blocks
 from coldtap.pipeline.sources import Listing, Source, open_source
 from coldtap.pipeline.stopping import StopRequest, stop_on_signals
-from coldtap.stores.arrays import Tier
+from coldtap.stores.arrays import Layout, Tier
+from coldtap.stores.codes import ErrorBound
 from coldtap.stores.durable import machine_errors
 from coldtap.stores.errors import InterruptedRunError, OptionError, StoreLockedError
 from coldtap.stores.journal import read_line
@@ -30,6 +31,7 @@ from coldtap.stores.lock import StoreLock
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import read_recipe, require_same_recipe
 from coldtap.stores.store import open_store
+from coldtap.stores.stored_numbers import stored_numbers
 from coldtap.stores.writer import StoreWriter, has_other_targets, is_complete, update_targets
 
 
@@ -49,6 +51,9 @@ def cache_features(
     gather: Sequence[str] | None = None,
     sum_at: str | None = None,
     tier: Tier = "float16",
+    layout: Layout | None = None,
+    snr: float | None = None,
+    max_error: float | None = None,
     split: Sequence[str] | None = None,
     views: int = 0,
     augmentation: Augmentation | None = None,
@@ -78,6 +83,9 @@ def cache_features(
         gather: `layers`, `sum`, `pooled`; None for all that the backbone allows.
         sum_at: k of the sums z0 + … + zk, with commas; None for the last tap.
         tier: how numbers are kept.
+        layout: `compact` (zstd on the codes; the default of int8) or `fast` (as they are; of all others).
+        snr: of int8, in dB in every channel; 30 where neither bound is given.
+        max_error: of int8, the largest error of any value, in standard deviations of its channel.
         split: splits to keep; None for all that the source has.
         views: augmented views of each training image, beside view 0.
         augmentation: how they are drawn.
@@ -119,6 +127,8 @@ def cache_features(
         gather=gather,
         sum_at=sum_at,
         tier=tier,
+        layout=layout,
+        bound=None if snr is None and max_error is None else ErrorBound(snr_db=snr, max_error=max_error),
         split=split,
         views=views,
         augmentation=augmentation,
@@ -174,8 +184,8 @@ class _Work:
         """Calibrate, forecast, and do the blocks that are not there yet."""
         plan = self.plan
         writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
-        calibration = calibrate(plan.backbone, decoder, plan.specs, plan.rows)
-        todo, ahead = self._look_ahead(writer, calibration.rows_per_second)
+        calibration = calibrate(plan.backbone, decoder, plan.specs, plan.rows, plan.bound)
+        todo, ahead = self._look_ahead(writer, calibration)
         if dry_run:
             return CacheReport(store=self.store, status="forecast", digest=None, n_rows=0, n_rejected=0, forecast=ahead)
         require_space(self.store, ahead)
@@ -187,15 +197,14 @@ class _Work:
                 "environment": self.environment,
                 "model": self.model,
                 "source": plan.source.name,
-                "scale_exponents": calibration.exponents,
+                "errors": calibration.errors,
             }
-            writer.start(recorded, plan.backbone.norm)
+            writer.start(recorded, stored_numbers(self.store, plan.specs) or calibration.numbers, plan.backbone.norm)
             extraction = Extraction(
                 backbone=plan.backbone,
                 decoder=decoder,
                 device=device,
                 writer=writer,
-                exponents=recorded["scale_exponents"],
                 environment=self.environment,
                 fail_on_bad_image=self.fail_on_bad_image,
                 advance=self.told.advance,
@@ -212,11 +221,13 @@ class _Work:
             forecast=ahead,
         )
 
-    def _look_ahead(self, writer: StoreWriter, rows_per_second: float) -> tuple[list[int], Forecast]:
+    def _look_ahead(self, writer: StoreWriter, calibration: Calibration) -> tuple[list[int], Forecast]:
         """The blocks that are not there yet, and what they will take."""
         done = set(writer.finished_blocks()) if self.recorded else set()
         todo = [block for block in range(writer.plan.n_blocks) if block not in done]
-        ahead = forecast(self.store, writer.specs, writer.plan, todo, rows_per_second)
+        ahead = forecast(
+            self.store, writer.specs, writer.plan, todo, calibration.rows_per_second, calibration.compressed
+        )
         if self.recorded:
             self.told.note(f"going on with {self.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
         self.told.forecast(ahead)
@@ -306,7 +317,7 @@ def _relabel(path: Path, plan: JobPlan, *, dry_run: bool) -> CacheReport:
     there = open_store(path)
     ahead = None
     if others and dry_run:
-        nothing = forecast(path, plan.specs, plan.rows, [], rows_per_second=1)
+        nothing = forecast(path, plan.specs, plan.rows, [], rows_per_second=1, compressed={})
         ahead = replace(nothing, n_bytes=sum(map(len, others.values())))
     return CacheReport(
         store=path,

@@ -4,16 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coldtap.pipeline.backbone import Backbone
-from coldtap.pipeline.calibrate import CALIBRATION_ROWS
+from coldtap.pipeline.calibrate import calibration_rows
 from coldtap.pipeline.preprocess import Augmentation
 from coldtap.pipeline.sources import Source
 from coldtap.pipeline.tap_choice import choose_gathers
-from coldtap.stores.arrays import TIERS, ArraySpec, Tier, plan_arrays
+from coldtap.stores.arrays import LAYOUTS, TIERS, ArraySpec, Layout, Tier, plan_arrays
+from coldtap.stores.codes import DEFAULT_SNR_DB, ErrorBound
 from coldtap.stores.errors import OptionError
 from coldtap.stores.index import targets_bytes
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import SPLITS, RowPlan
-from coldtap.stores.tiers import HEADROOM
+from coldtap.stores.tiers import scales_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,15 +28,17 @@ class JobPlan:
     specs: tuple[ArraySpec, ...]
     rows: RowPlan
     recipe: Recipe
+    bound: ErrorBound | None
 
     def targets(self) -> dict[str, bytes]:
         """The targets' tables by name, as Parquet bytes; none for a source without labels."""
         listing = self.source.listing
         if listing.targets is None:
             return {}
-        samples = sorted(sample for order in self.rows.order.values() for sample in order)
+        samples = [sample for order in self.rows.order.values() for sample in order]
         ids = [listing.ids[sample] for sample in samples]
-        return {"label": targets_bytes(ids, [listing.targets[s] for s in samples], listing.class_names)}
+        targets = [listing.targets[sample] for sample in samples]
+        return {"label": targets_bytes(ids, targets, listing.class_names, order=self.recipe.rows["order"])}
 
 
 def plan_job(
@@ -47,6 +50,8 @@ def plan_job(
     gather: Sequence[str] | None,
     sum_at: str | None,
     tier: Tier,
+    layout: Layout | None,
+    bound: ErrorBound | None,
     split: Sequence[str] | None,
     views: int,
     augmentation: Augmentation | None,
@@ -60,6 +65,10 @@ def plan_job(
     """
     if tier not in TIERS:
         raise OptionError(f"--tier {tier}: choose one of {', '.join(TIERS)}")
+    if bound is not None and tier != "int8":
+        raise OptionError(f"--snr and --max-error bound the errors of --tier int8; --tier {tier} was asked for")
+    if layout is not None and layout not in LAYOUTS:
+        raise OptionError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
     if views < 0:
         raise OptionError(f"--views {views}: give 0 or more augmented views of each training image")
     gather = [gather] if isinstance(gather, str) else gather
@@ -69,7 +78,8 @@ def plan_job(
     # One stream of tokens that every block adds to: without it a sum of taps means nothing.
     one_stream = not backbone.taps.stages and len(set(backbone.geometries.values())) == 1
     gathers = choose_gathers(gather, taps, sum_at, depth=backbone.depth, one_stream=one_stream)
-    specs = plan_arrays(backbone.geometries, gathers, tier)
+    bound = (bound or ErrorBound(snr_db=DEFAULT_SNR_DB)) if tier == "int8" else None
+    specs = plan_arrays(backbone.geometries, gathers, tier, layout or ("compact" if bound else "fast"))
     listing = source.listing
     present = set(splits)
     rows = RowPlan.of(
@@ -95,11 +105,18 @@ def plan_job(
         encoding={
             "gathers": {name: list(chosen) for name, chosen in gathers.items()},
             "tier": tier,
-            "scales": {"rule": "power of two", "headroom": HEADROOM, "calibration_rows": CALIBRATION_ROWS},
-            "layout": "fast",
+            "scales": scales_rule(bound, calibration_rows(specs)),
+            "layout": layout or ("compact" if bound else "fast"),
             "block_rows": rows.block_rows,
         },
     )
     return JobPlan(
-        source=source, backbone=backbone, augmentation=drawn, seed=seed, specs=specs, rows=rows, recipe=recipe
+        source=source,
+        backbone=backbone,
+        augmentation=drawn,
+        seed=seed,
+        specs=specs,
+        rows=rows,
+        recipe=recipe,
+        bound=bound,
     )

@@ -1,62 +1,68 @@
-"""One array of a store, read row by row without zarr's indexing."""
+"""One array of a store, read row by row in threads, without zarr's indexing."""
 
-import threading
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import Gather, Geometry, spec_from_attributes
+from coldtap.stores.arrays import ArraySpec, Gather, Geometry, WideSpec, bytes_per_row, chunk_bytes
+from coldtap.stores.codes import Scaling, scaling_of_taps, wide_values
 from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError
-from coldtap.stores.manifest import FEATURES
-from coldtap.stores.shards import ShardFile
-from coldtap.stores.tiers import restore
+from coldtap.stores.escapes import EscapeReader
+from coldtap.stores.shard_files import ShardFile, ShardFiles
+from coldtap.stores.threads import Threads
+from coldtap.stores.tiers import Numbers, restore
 
-MAX_OPEN_SHARDS = 128
+type Rows = np.ndarray[Any, np.dtype[np.int64]]
+
+LEAST_BYTES_A_THREAD = 1 << 17  # below, handing the work over costs more than it saves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exceptions:
+    """Values that the codes in a buffer do not hold: `buffer.reshape(-1)[position] = value`, once it is restored.
+
+    Attributes:
+        position: (value,) int64, flat positions in C order.
+        value: (value,) float32.
+    """
+
+    position: Rows
+    value: np.ndarray[Any, np.dtype[np.float32]]
 
 
 class StoredArray:
-    """An array of rows; thread-safe, and bounded in open files.
+    """An array of rows; reading is thread-safe, and bounded in open files.
 
     Attributes:
-        spec: gather, geometry, taps, tier.
-        name: its path in `features.zarr`.
+        spec: gather, geometry, taps, tier, layout.
         n_rows: rows of the array, absent ones included.
-        exponents: power-of-two exponent of each stored tap.
+        numbers: what turns stored numbers into values.
     """
 
-    def __init__(self, store: Path, name: str, metadata: Mapping[str, Any]) -> None:
-        """Hold the metadata against what the attributes describe.
+    def __init__(
+        self,
+        spec: ArraySpec,
+        n_rows: int,
+        numbers: Numbers,
+        files: ShardFiles,
+        threads: Threads,
+        read: Callable[[str], bytes | None],
+    ) -> None:
+        """Hold what reading needs; `read` gives the small files that the manifest lists."""
+        self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
+        self._files, self._threads = files, threads
+        self._escapes = EscapeReader(spec, read) if spec.tier == "int8" else None
+        scaling = numbers.scaling
+        self._wide = WideSpec(of=spec, slots=scaling.wide) if scaling and scaling.wide else None
 
-        Raises:
-            CorruptStoreError: shape, dtype or codecs are not those of a coldtap array.
-        """
-        where = f"{store / FEATURES / name}/zarr.json"
-        attributes = metadata.get("attributes", {})
-        self.spec = spec_from_attributes(attributes, where=where)
-        self.name = name
-        self._folder = store / FEATURES
-        self._shards: OrderedDict[int, ShardFile] = OrderedDict()
-        self._turn = threading.Lock()
-        try:
-            self.n_rows, *row_shape = (int(n) for n in metadata["shape"])
-            self.exponents: tuple[int, ...] = tuple(attributes["scale_exponents"])
-            sharding = metadata["codecs"][0]["configuration"]
-            same = (
-                tuple(row_shape) == self.spec.row_shape
-                and self.spec.name == name
-                and tuple(sharding["chunk_shape"]) == self.spec.chunk_shape
-                and [codec["name"] for codec in sharding["codecs"]] == ["bytes", "crc32c"]
-                and len(self.exponents) == len(self.spec.taps)
-                and self.n_rows % self.spec.block_rows == 0
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise CorruptStoreError(f"{where}: not the metadata of a coldtap array ({error!r})") from error
-        if not same:
-            raise CorruptStoreError(f"{where}: shape, codecs and attributes contradict each other")
+    @property
+    def name(self) -> str:
+        """Its path in `features.zarr`."""
+        return self.spec.name
 
     @property
     def gather(self) -> Gather:
@@ -80,16 +86,25 @@ class StoredArray:
 
     @property
     def bytes_per_row(self) -> int:
-        """Stored bytes of a row's values."""
-        return self.spec.bytes_per_row
+        """Bytes of a row's stored numbers, before compression."""
+        return bytes_per_row(self.spec)
+
+    def exponents_of(self, taps: Sequence[int] | None = None) -> tuple[int, ...]:
+        """E of each tap: a stored float16 is value / 2^e; zeros in other tiers."""
+        return tuple(self.numbers.exponents[place] for place in self._places(taps))
+
+    def scaling_of(self, taps: Sequence[int] | None = None) -> Scaling | None:
+        """Scale and offset (tap, channel) of the codes of some taps; None outside int8."""
+        scaling = self.numbers.scaling
+        return None if scaling is None else scaling_of_taps(scaling, self._places(taps))
 
     def read_into(
         self,
         out: np.ndarray[Any, np.dtype[np.float32]],
-        rows: Sequence[int] | np.ndarray[Any, np.dtype[np.int64]],
+        rows: Sequence[int] | Rows,
         taps: Sequence[int] | None = None,
     ) -> None:
-        """Read rows as float32, tier and scale undone, in the order asked.
+        """Read rows as float32, tier and scales undone, in the order asked.
 
         Args:
             out: (row, tap, token, channel) for `layers` and `pooled`; (row, token, channel) for `sum`.
@@ -98,51 +113,196 @@ class StoredArray:
 
         Raises:
             MissingFeaturesError: a row or tap is not there.
-            CorruptStoreError: a chunk is missing, short or fails its checksum.
-            ValueError: `out` has another shape or dtype.
+            CorruptStoreError: a chunk is missing, short, damaged or fails its checksum.
+            ValueError: `out` has another shape or dtype, or is not contiguous.
         """
-        positions = self._positions(taps)
-        shape = self.row_shape if self.gather == "sum" else (len(positions), *self.row_shape[1:])
-        if out.shape != (len(rows), *shape) or out.dtype != np.float32:
-            raise ValueError(f"out is {out.dtype} {out.shape}; expected float32 {(len(rows), *shape)}")
-        exponents = [self.exponents[p] for p in positions]
-        by_tap = out.reshape(len(rows), -1, *self.row_shape[-2:], copy=False)
-        for values, row in zip(by_tap, rows, strict=True):
-            restore(self._stored(int(row), positions)[None], values[None], self.spec.tier, exponents)
+        places = self._places(taps)
+        wanted = self._check(out, rows, places, np.dtype(np.float32))
+        by_tap = out.reshape(len(wanted), -1, *self.row_shape[-2:], copy=False)
+        scaling = self.numbers.scaling
+        numbers = Numbers(
+            exponents=tuple(self.numbers.exponents[place] for place in places),
+            scaling=None if scaling is None else scaling_of_taps(scaling, places),
+        )
 
-    def _positions(self, taps: Sequence[int] | None) -> list[int]:
+        def read(part: Rows) -> None:
+            stored = np.empty((1, *by_tap.shape[1:]), self.spec.dtype)
+            for at, shard, row in self._located(wanted, part):
+                self._fetch(shard, row, places, stored[0])
+                restore(stored, by_tap[at : at + 1], self.spec.tier, numbers)
+
+        self._in_threads(read, wanted, len(places))
+        exceptions = self._exceptions(wanted, places)
+        out.reshape(-1, copy=False)[exceptions.position] = exceptions.value
+
+    def read_stored_into(
+        self, out: np.ndarray[Any, Any], rows: Sequence[int] | Rows, taps: Sequence[int] | None = None
+    ) -> Exceptions:
+        """Read rows as they are stored: int8 codes, float16, the bits of bfloat16, float32.
+
+        Args:
+            out: as for `read_into`, in the stored dtype.
+            rows: row numbers.
+            taps: tap indices; None for all that are stored.
+
+        Returns:
+            What the codes do not hold; nothing outside int8.
+
+        Raises:
+            MissingFeaturesError: a row or tap is not there.
+            CorruptStoreError: a chunk is missing, short, damaged or fails its checksum.
+            ValueError: `out` has another shape or dtype, or is not contiguous.
+        """
+        places = self._places(taps)
+        wanted = self._check(out, rows, places, self.spec.dtype)
+        by_tap = out.reshape(len(wanted), -1, *self.row_shape[-2:], copy=False)
+
+        def read(part: Rows) -> None:
+            for at, shard, row in self._located(wanted, part):
+                self._fetch(shard, row, places, by_tap[at])
+
+        self._in_threads(read, wanted, len(places))
+        return self._exceptions(wanted, places)
+
+    def will_need(self, rows: Sequence[int] | Rows, taps: Sequence[int] | None = None) -> None:
+        """Tell the kernel which rows come next; what is wrong with them is said when they are read."""
+        wanted = np.asarray(rows, np.int64)
+        chunks = self._places(taps) if self.gather == "layers" else [0]
+        blocks, places = np.divmod(wanted[(wanted >= 0) & (wanted < self.n_rows)], self.spec.block_rows)
+        for block in np.unique(blocks).tolist():
+            try:
+                self._files.open(self.spec, block).will_need(places[blocks == block], chunks)
+            except CorruptStoreError:
+                return
+
+    def _places(self, taps: Sequence[int] | None) -> list[int]:
         if taps is None:
             return list(range(len(self.taps)))
         if missing := [tap for tap in taps if tap not in self.taps]:
             raise MissingFeaturesError(f"{self.name} has no tap {missing[0]}; it holds {list(self.taps)}")
         return [self.taps.index(tap) for tap in taps]
 
-    def _stored(self, row: int, positions: Sequence[int]) -> np.ndarray[Any, Any]:
-        """One row in the tier's dtype: (tap, token, channel)."""
-        if not 0 <= row < self.n_rows:
-            raise MissingFeaturesError(f"{self.name} has rows 0 to {self.n_rows - 1}; row {row} was asked for")
-        block, offset = divmod(row, self.spec.block_rows)
-        shard = self._shard(block)
-        if self.gather != "layers":
-            values = shard.read_chunks(offset, range(1)).view(self.spec.dtype).reshape(-1, *self.row_shape[-2:])
-            return values if self.gather == "sum" else values[positions]
-        runs = [shard.read_chunks(offset, run) for run in _runs(positions)]
-        chunks = runs[0] if len(runs) == 1 else np.concatenate(runs)
-        return np.ascontiguousarray(chunks).view(self.spec.dtype).reshape(-1, *self.row_shape[1:])
+    def _check(
+        self, out: np.ndarray[Any, Any], rows: Sequence[int] | Rows, places: list[int], dtype: np.dtype[Any]
+    ) -> Rows:
+        wanted = np.asarray(rows, np.int64)
+        shape = (len(wanted), *(self.row_shape if self.gather == "sum" else (len(places), *self.row_shape[1:])))
+        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous {dtype} {shape}")
+        outside = wanted[(wanted < 0) | (wanted >= self.n_rows)]
+        if len(outside):
+            raise MissingFeaturesError(
+                f"{self.name} has rows 0 to {self.n_rows - 1}; row {int(outside[0])} was asked for"
+            )
+        return wanted
 
-    def _shard(self, block: int) -> ShardFile:
-        with self._turn:
-            shard = self._shards.pop(block, None)
-            if shard is None:
-                shard = ShardFile(self._folder / self.spec.shard_key(block), self.spec)
-            self._shards[block] = shard
-            if len(self._shards) > MAX_OPEN_SHARDS:
-                # Its file closes when the last reader lets go of it.
-                self._shards.popitem(last=False)
-            return shard
+    def _in_threads(self, read: Callable[[Rows], None], wanted: Rows, n_taps: int) -> None:
+        """Read in parts of neighbouring rows, one a thread: places in `wanted`, in the order of the rows."""
+        order = np.argsort(wanted, kind="stable")
+        n_bytes = len(wanted) * self.bytes_per_row * n_taps // len(self.taps)
+        n_parts = max(1, min(self._threads.n_threads, n_bytes // LEAST_BYTES_A_THREAD, len(wanted)))
+        if n_parts == 1:
+            read(order)
+            return
+        first, *others = np.array_split(order, n_parts)
+        futures = [self._threads.submit(read, part) for part in others]
+        try:
+            read(first)
+        finally:
+            wait(futures)  # `out` belongs to the caller again only when no thread writes to it
+        for future in futures:
+            future.result()
+
+    def _located(self, wanted: Rows, part: Rows) -> Iterator[tuple[int, ShardFile, int]]:
+        """(place in the buffer, shard, row of the shard) of some of the rows wanted."""
+        blocks, rows = np.divmod(wanted[part], self.spec.block_rows)
+        shard, opened = None, -1
+        for at, block, row in zip(part.tolist(), blocks.tolist(), rows.tolist(), strict=True):
+            if shard is None or block != opened:
+                shard, opened = self._files.open(self.spec, block), block
+            yield at, shard, row
+
+    def _fetch(self, shard: ShardFile, row: int, places: list[int], out: np.ndarray[Any, Any]) -> None:
+        """The stored numbers of one row: (tap, token, channel)."""
+        if self.gather == "layers":
+            shard.read_row(row, places, memoryview(out).cast("B"))
+        elif len(places) == len(self.taps) and places == [*range(len(places))]:
+            shard.read_row(row, [0], memoryview(out).cast("B"))
+        else:
+            whole = np.empty(chunk_bytes(self.spec), np.uint8)
+            shard.read_row(row, [0], memoryview(whole))
+            out[:] = whole.view(self.spec.dtype).reshape(-1, *self.row_shape[-2:])[places]
+
+    def _exceptions(self, wanted: Rows, places: list[int]) -> Exceptions:
+        parts = [*self._wide_values(wanted, places), *self._escaped(wanted, places)] if self._escapes else []
+        if not parts:
+            return Exceptions(position=np.empty(0, np.int64), value=np.empty(0, np.float32))
+        return Exceptions(
+            position=np.concatenate([position for position, _ in parts]),
+            value=np.concatenate([value for _, value in parts]),
+        )
+
+    def _wide_values(self, wanted: Rows, places: list[int]) -> Iterator[tuple[Rows, np.ndarray[Any, Any]]]:
+        scaling = self.numbers.scaling
+        if self._wide is None or scaling is None or not {place for place, _ in self._wide.slots} & {*places}:
+            return
+        tokens, channels = self.geometry.tokens, self.geometry.channels
+        codes = np.empty((len(wanted), len(self._wide.slots), tokens), self._wide.dtype)
+        blocks, rows = np.divmod(wanted, self.spec.block_rows)
+        for at, (block, row) in enumerate(zip(blocks.tolist(), rows.tolist(), strict=True)):
+            self._files.open(self._wide, block).read_row(row, [0], memoryview(codes[at]).cast("B"))
+        for slot, (place, channel) in enumerate(self._wide.slots):
+            for new in (new for new, old in enumerate(places) if old == place):
+                first = (np.arange(len(wanted)) * len(places) + new) * tokens * channels + channel
+                position = first[:, None] + np.arange(tokens) * channels
+                yield position.reshape(-1), wide_values(codes[:, slot], scaling, (place, channel)).reshape(-1)
+
+    def _escaped(self, wanted: Rows, places: list[int]) -> Iterator[tuple[Rows, np.ndarray[Any, Any]]]:
+        assert self._escapes is not None
+        blocks, rows = np.divmod(wanted, self.spec.block_rows)
+        tap_values = self.geometry.tokens * self.geometry.channels
+        for block in np.unique(blocks).tolist():
+            found = self._escapes.of_block(block)
+            if not len(found.value):
+                continue
+            at = np.flatnonzero(blocks == block)
+            starts, ends = found.start[rows[at]], found.start[rows[at] + 1]
+            owner = np.repeat(at, ends - starts)
+            chosen = np.concatenate([np.arange(a, b) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)])
+            for new, old in enumerate(places):
+                there = found.place[chosen] == old
+                position = (owner[there] * len(places) + new) * tap_values + found.within[chosen[there]]
+                yield position, found.value[chosen[there]]
 
 
-def _runs(positions: Sequence[int]) -> list[range]:
-    """Positions as runs of consecutive ones, in the order given."""
-    breaks = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(positions)) if b != a + 1), len(positions)]
-    return [range(positions[a], positions[b - 1] + 1) for a, b in pairwise(breaks)]
+def require_metadata(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) -> int:
+    """Hold an array's metadata against what the recipe says of it; returns its number of rows.
+
+    Raises:
+        CorruptStoreError: shape, dtype, codecs or attributes are others.
+    """
+    codecs = ["bytes", *(["zstd"] if spec.layout == "compact" else []), "crc32c"]
+    attributes = {
+        "gather": spec.gather,
+        "taps": list(spec.taps),
+        "tier": spec.tier,
+        "layout": spec.layout,
+        "block_rows": spec.block_rows,
+        **spec.geometry.to_dict(),
+    }
+    try:
+        n_rows, *row_shape = (int(n) for n in metadata["shape"])
+        sharding = metadata["codecs"][0]["configuration"]
+        same = (
+            tuple(row_shape) == spec.row_shape
+            and metadata["data_type"] == spec.dtype.name
+            and tuple(sharding["chunk_shape"]) == spec.chunk_shape
+            and [codec["name"] for codec in sharding["codecs"]] == codecs
+            and {key: metadata["attributes"][key] for key in attributes} == attributes
+            and n_rows % spec.block_rows == 0
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise CorruptStoreError(f"{where}: not the metadata of a coldtap array ({error!r})") from error
+    if not same:
+        raise CorruptStoreError(f"{where}: shape, codecs or attributes are not what the recipe says")
+    return n_rows

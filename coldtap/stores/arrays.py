@@ -5,9 +5,9 @@ gather says how taps become stored tensors. All arrays of a store are cut at the
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -16,9 +16,12 @@ from coldtap.stores.errors import CorruptStoreError, OptionError
 type Gather = Literal["layers", "sum", "pooled"]
 GATHERS: tuple[Gather, ...] = ("layers", "sum", "pooled")
 
-type Tier = Literal["float32", "float16", "bfloat16"]
+type Tier = Literal["float32", "float16", "bfloat16", "int8"]
 TIERS: tuple[Tier, ...] = get_args(Tier.__value__)
-STORED_DTYPE: Mapping[str, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+STORED_DTYPE: Mapping[str, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "int8": "|i1"}
+
+type Layout = Literal["fast", "compact"]
+LAYOUTS: tuple[Layout, ...] = get_args(Layout.__value__)
 
 MAX_BLOCK_ROWS = 512
 MAX_BLOCK_BYTES = 256_000_000
@@ -52,14 +55,71 @@ class Geometry:
         return cls(**{**record, "grid": tuple(record["grid"])})
 
 
+class RowArray(Protocol):
+    """An array of rows, cut into one shard a block and into chunks of one row each."""
+
+    @property
+    def name(self) -> str:
+        """The array's path in `features.zarr`."""
+
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Axis names."""
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+
+    @property
+    def chunks_per_row(self) -> int:
+        """Chunks of one row."""
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of one chunk."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored dtype."""
+
+    @property
+    def layout(self) -> Layout:
+        """Whether chunks are compressed."""
+
+    @property
+    def block_rows(self) -> int:
+        """S, the rows of a shard."""
+
+
+def shard_shape(array: RowArray) -> tuple[int, ...]:
+    """Shape of one shard: the rows of one block."""
+    return (array.block_rows, *array.row_shape)
+
+
+def chunk_bytes(array: RowArray) -> int:
+    """Bytes of a chunk's values, before compression and without its checksum."""
+    return prod(array.chunk_shape) * array.dtype.itemsize
+
+
+def bytes_per_row(array: RowArray) -> int:
+    """Bytes of a row's values, before compression and without checksums and index."""
+    return prod(array.row_shape) * array.dtype.itemsize
+
+
+def shard_key(array: RowArray, block: int) -> str:
+    """A shard's path in `features.zarr` (Zarr v3, default chunk key encoding)."""
+    return f"{array.name}/c/{block}" + "/0" * len(array.row_shape)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
-    """One array of a store: which taps of which geometry, gathered how, kept in which tier."""
+    """One array of a store: which taps of which geometry, gathered how, kept in which tier and layout."""
 
     gather: Gather
     geometry: Geometry
     taps: tuple[int, ...]
     tier: Tier
+    layout: Layout
     block_rows: int
 
     @property
@@ -93,28 +153,60 @@ class ArraySpec:
         return (1, 1, *self.row_shape[1:]) if self.gather == "layers" else (1, *self.row_shape)
 
     @property
-    def shard_shape(self) -> tuple[int, ...]:
-        """Shape of one shard: the rows of one block."""
-        return (self.block_rows, *self.row_shape)
-
-    @property
     def dtype(self) -> np.dtype[Any]:
         """The stored dtype; bfloat16 is kept as its bits in uint16 (zarr 3.4 has no bfloat16)."""
         return np.dtype(STORED_DTYPE[self.tier])
 
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk's values, without its checksum."""
-        return prod(self.chunk_shape) * self.dtype.itemsize
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WideSpec:
+    """The channels of an int8 array that are kept as int16 codes.
+
+    `slots` are (place along the array's tap axis, channel), ascending.
+    """
+
+    of: ArraySpec
+    slots: tuple[tuple[int, int], ...]
 
     @property
-    def bytes_per_row(self) -> int:
-        """Bytes of a row's values, without checksums and index."""
-        return prod(self.row_shape) * self.dtype.itemsize
+    def name(self) -> str:
+        """The array's path in `features.zarr`."""
+        return f"wide/{self.of.name}"
 
-    def shard_key(self, block: int) -> str:
-        """The shard's path in `features.zarr` (Zarr v3, default chunk key encoding)."""
-        return f"{self.name}/c/{block}" + "/0" * len(self.row_shape)
+    @property
+    def dimensions(self) -> tuple[str, ...]:
+        """Axis names."""
+        return ("row", "slot", "token")
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: (slot, token)."""
+        return (len(self.slots), self.of.geometry.tokens)
+
+    @property
+    def chunks_per_row(self) -> int:
+        """A row is one chunk."""
+        return 1
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Shape of one chunk."""
+        return (1, *self.row_shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The codes' dtype."""
+        return np.dtype("<i2")
+
+    @property
+    def layout(self) -> Layout:
+        """That of the array."""
+        return self.of.layout
+
+    @property
+    def block_rows(self) -> int:
+        """That of the array."""
+        return self.of.block_rows
 
 
 def choose_block_rows(bytes_per_row: int) -> int:
@@ -126,28 +218,44 @@ def choose_block_rows(bytes_per_row: int) -> int:
 
 
 def plan_arrays(
-    geometries: Mapping[int, Geometry], gathers: Mapping[str, Sequence[int]], tier: Tier
+    geometries: Mapping[int, Geometry], gathers: Mapping[str, Sequence[int]], tier: Tier, layout: Layout = "fast"
 ) -> tuple[ArraySpec, ...]:
     """The arrays that hold the given gathers.
+
+    `pooled` stays in float16 in an int8 store: one scale a channel would have to serve prefix tokens and patch mean,
+    whose spread differs by an order of magnitude, and it is a hundredth of the bytes.
 
     Args:
         geometries: the geometry of every tap of the backbone.
         gathers: tap indices a gather; for `sum` the k at which z0 + … + zk is kept.
         tier: how numbers are kept.
+        layout: whether codes are compressed.
 
     Raises:
-        OptionError: a sum over taps of several geometries.
+        OptionError: a sum over taps of several geometries, or `compact` for another tier than int8.
     """
+    if layout == "compact" and tier != "int8":
+        raise OptionError(
+            f"--layout compact with --tier {tier}: lossless compression buys 7 to 16 % of float features; "
+            "give --tier int8, or --layout fast"
+        )
 
     def specs(block_rows: int) -> tuple[ArraySpec, ...]:
         return tuple(
-            ArraySpec(gather=gather, geometry=geometry, taps=taps, tier=tier, block_rows=block_rows)
+            ArraySpec(
+                gather=gather,
+                geometry=geometry,
+                taps=taps,
+                tier="float16" if tier == "int8" and gather == "pooled" else tier,
+                layout="fast" if gather == "pooled" else layout,
+                block_rows=block_rows,
+            )
             for gather in GATHERS
             if gather in gathers
             for geometry, taps in _arrays_of(gather, gathers[gather], geometries)
         )
 
-    return specs(choose_block_rows(sum(spec.bytes_per_row for spec in specs(1))))
+    return specs(choose_block_rows(sum(bytes_per_row(spec) for spec in specs(1))))
 
 
 def _arrays_of(
@@ -166,20 +274,25 @@ def _arrays_of(
     return [(geometry, tuple(members)) for geometry, members in together.items()]
 
 
-def spec_from_attributes(attributes: Mapping[str, Any], *, where: str) -> ArraySpec:
-    """The spec that an array's own attributes describe.
+def arrays_of_recipe(extractor: Mapping[str, Any], encoding: Mapping[str, Any], *, where: str) -> tuple[ArraySpec, ...]:
+    """The arrays that a recipe asks for.
 
     Raises:
-        CorruptStoreError: an attribute is missing or not of its form.
+        CorruptStoreError: a field is missing or not of its form, or names a tier or layout that is not known.
     """
     try:
-        geometry = {key: attributes[key] for key in ("grid", "prefix_tokens", "channels")}
-        return ArraySpec(
-            gather=attributes["gather"],
-            geometry=Geometry.from_dict(geometry),
-            taps=tuple(attributes["taps"]),
-            tier=attributes["tier"],
-            block_rows=attributes["block_rows"],
-        )
-    except (KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{where}: its attributes do not describe a coldtap array ({error})") from error
+        tier, layout = encoding["tier"], encoding["layout"]
+        if tier not in TIERS or layout not in LAYOUTS:
+            raise CorruptStoreError(
+                f"{where}: tier {tier!r} in layout {layout!r}; this coldtap reads tiers {', '.join(TIERS)} in layouts "
+                f"{', '.join(LAYOUTS)}"
+            )
+        geometries = {
+            tap: Geometry.from_dict({key: about[key] for key in ("grid", "prefix_tokens", "channels")})
+            for tap, about in enumerate(extractor["taps"])
+        }
+        gathers = {gather: tuple(map(int, taps)) for gather, taps in encoding["gathers"].items()}
+        specs = plan_arrays(geometries, gathers, tier, layout)
+        return tuple(replace(spec, block_rows=int(encoding["block_rows"])) for spec in specs)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OptionError) as error:
+        raise CorruptStoreError(f"{where}: its recipe does not describe the arrays of a store ({error!r})") from error

@@ -55,7 +55,7 @@ def _split(store: Store, split: str) -> dict[str, Any]:
     rows = store.rows(split)
     views = sum(len(store.rows(split, view)) for view in range(1, store.views + 1))
     about: dict[str, Any] = {"samples": len(rows), "augmented_rows": views}
-    if "targets/label.parquet" in store.entries:
+    if store.has_targets():
         names = store.class_names()
         counts = Counter(store.targets(rows).tolist())
         about["labels"] = {names[label] if names else str(label): n for label, n in sorted(counts.items())}
@@ -71,7 +71,9 @@ def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
         "dimensions": list(array.spec.dimensions),
         "taps": list(array.taps),
         "tier": array.spec.tier,
-        "scale_exponents": list(array.exponents),
+        "layout": array.spec.layout,
+        "scale_exponents": list(array.numbers.exponents),
+        "errors": store.recorded.get("errors", {}).get(name, []),
         "bytes_per_row": array.bytes_per_row,
         "n_bytes": sum((store.path / file).stat().st_size for file in shards),
         "ranges": _ranges(store, name, len(array.taps)),

@@ -14,6 +14,7 @@ FAULT_POINTS = (
     "arrays-created",
     "shard-temporary",
     "shard-renamed",
+    "escapes-renamed",
     "block-renamed",
     "journal-written",
     "index-written",

@@ -1,12 +1,14 @@
 """The tables beside the features: which sample a row is, what was rejected, and the targets."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from io import BytesIO
 from itertools import batched
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,7 +18,7 @@ from coldtap.stores.errors import CorruptStoreError
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.parquet"
 TARGETS = "targets"
-ROWS_A_GROUP = 8192
+ROWS_A_GROUP = 65_536
 SAMPLES_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -53,7 +55,7 @@ def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> 
 
 def _parquet_pieces(schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
     sink = BytesIO()
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for group in batched(rows, ROWS_A_GROUP):
             columns = zip(*group, strict=True)
             arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
@@ -70,28 +72,59 @@ def _drained(sink: BytesIO) -> bytes:
     return data
 
 
-def targets_bytes(ids: Sequence[str], targets: Sequence[int], class_names: Sequence[str] | None) -> bytes:
-    """The Parquet bytes of a targets table; class names travel in the schema's metadata."""
-    metadata = {b"class_names": json.dumps(list(class_names)).encode()} if class_names else None
+def targets_bytes(
+    ids: Sequence[str], targets: Sequence[int], class_names: Sequence[str] | None, *, order: str | None = None
+) -> bytes:
+    """The Parquet bytes of a targets table.
+
+    Args:
+        ids: sample ids.
+        targets: of each.
+        class_names: of all classes, kept in the schema's metadata.
+        order: the recipe's digest of the order of samples, where `ids` are all of them in that order: readers then
+            find a target by its place, which for ten million samples takes no look-up by id.
+    """
+    metadata = {b"class_names": json.dumps(list(class_names)).encode()} if class_names else {}
+    if order is not None:
+        metadata[b"order"] = order.encode()
     table = pa.Table.from_arrays(
         [pa.array(ids, pa.string()), pa.array(targets, pa.int64())],
-        schema=TARGETS_SCHEMA.with_metadata(metadata),
+        schema=TARGETS_SCHEMA.with_metadata(metadata or None),
     )
     buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 
-def read_targets(path: Path) -> tuple[Mapping[str, int], tuple[str, ...] | None]:
-    """Targets by sample id, and the class names where known.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """A targets table.
+
+    Attributes:
+        values: (line,) int64.
+        class_names: by class, where known.
+        order: digest of the order of samples that the lines follow; None for any order.
+    """
+
+    values: np.ndarray[Any, np.dtype[np.int64]]
+    class_names: tuple[str, ...] | None
+    order: str | None
+
+
+def read_targets(path: Path) -> Targets:
+    """A targets table without its ids.
 
     Raises:
         CorruptStoreError: the file is not such a table.
     """
-    table = read_table(path, TARGETS_SCHEMA)
-    names = (table.schema.metadata or {}).get(b"class_names")
-    ids, targets = table["sample_id"].to_pylist(), table["target"].to_pylist()
-    return dict(zip(ids, targets, strict=True)), tuple(json.loads(names)) if names else None
+    table = read_table(path, TARGETS_SCHEMA, ["target"])
+    metadata = table.schema.metadata or {}
+    names, order = metadata.get(b"class_names"), metadata.get(b"order")
+    return Targets(
+        values=table["target"].to_numpy(),
+        class_names=tuple(json.loads(names)) if names else None,
+        order=None if order is None else order.decode(),
+    )
 
 
 def same_targets(path: Path, data: bytes) -> bool:
@@ -103,16 +136,17 @@ def same_targets(path: Path, data: bytes) -> bool:
     return bool(read_table(path, TARGETS_SCHEMA).equals(pq.read_table(BytesIO(data)), check_metadata=True))
 
 
-def read_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """A table of the given columns.
+def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
+    """A table of the given columns, or some of them; the checksums of their pages are verified.
 
     Raises:
         CorruptStoreError: the file is missing, damaged or has other columns.
     """
     try:
-        table = pq.read_table(path, partitioning=None)
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = file.schema_arrow
+            if not found.equals(schema, check_metadata=False):
+                raise CorruptStoreError(f"{path} has columns {found.names}; expected {schema.names} of their types")
+            return file.read(columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise CorruptStoreError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if not table.schema.equals(schema, check_metadata=False):
-        raise CorruptStoreError(f"{path} has columns {table.schema.names}; expected {schema.names} of their types")
-    return table

@@ -19,11 +19,12 @@ JOURNAL = "journal"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardRecord:
-    """A written shard: bytes, SHA-256, and the SHA-256 of each tap's chunks."""
+    """A written file of numbers: bytes and SHA-256; of a shard also the bytes and SHA-256 of each tap's chunks."""
 
     n_bytes: int
     sha256: str
-    tap_sha256: tuple[str, ...]
+    tap_bytes: tuple[int, ...] = ()
+    tap_sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,8 @@ class Rejection:
 class JournalLine:
     """What one finished block holds.
 
-    `shards` are by path under `features.zarr`; `source_sha256` by row number; `ranges` are the smallest and
+    `shards`, lists of escapes among them, are by path under `features.zarr`; `source_sha256` by row number;
+    `ranges` are the smallest and
     largest value of each tap of each array in this block; `environment` is where it ran.
     """
 
@@ -58,7 +60,9 @@ class JournalLine:
     def from_dict(cls, record: Mapping[str, Any]) -> "JournalLine":
         """Parse what `to_dict` gave; anything else is a TypeError, KeyError or ValueError."""
         shards = {
-            name: ShardRecord(**{**shard, "tap_sha256": tuple(shard["tap_sha256"])})
+            name: ShardRecord(
+                **{**shard, "tap_bytes": tuple(shard["tap_bytes"]), "tap_sha256": tuple(shard["tap_sha256"])}
+            )
             for name, shard in record["shards"].items()
         }
         return cls(

@@ -17,7 +17,8 @@ from coldtap.stores.faults import fault_point
 
 MANIFEST = "manifest"
 FEATURES = "features.zarr"
-_LINE = re.compile(r"([0-9a-f]{64}) (\d+) (\S.*)")
+HASHED_AT_ONCE = 1 << 22  # bytes of a file in memory while it is hashed
+_LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\S.*)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +30,74 @@ class Entry:
     name: str
 
 
+class Manifest:
+    """A manifest's lines. A store of ten million rows has half a million: they are looked up, not parsed, one by one.
+
+    Attributes:
+        digest: SHA-256 of the whole: the store's digest.
+    """
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        self._path, self._data = path, data
+        self.digest = hashlib.sha256(data).hexdigest()
+
+    def find(self, name: str) -> Entry | None:
+        """The entry of a name, by bisection over the sorted lines.
+
+        Raises:
+            CorruptStoreError: a line on the way is not of its form.
+        """
+        low, high = 0, len(self._data)
+        wanted = name.encode()
+        while low < high:
+            start = self._data.rfind(b"\n", low, (low + high) // 2) + 1 or low
+            start = max(start, low)
+            end = self._data.find(b"\n", start)
+            end = len(self._data) if end < 0 else end
+            entry = self._parse(start, end)
+            found = entry.name.encode()
+            if found == wanted:
+                return entry
+            if found < wanted:
+                low = end + 1
+            else:
+                high = start
+        return None
+
+    def entries(self) -> dict[str, Entry]:
+        """Every entry by name.
+
+        Raises:
+            CorruptStoreError: a line is not of its form, stands twice or in the wrong order, or leaves the store.
+        """
+        entries: dict[str, Entry] = {}
+        start, last = 0, ""
+        while start < len(self._data):
+            end = self._data.find(b"\n", start)
+            end = len(self._data) if end < 0 else end
+            entry = self._parse(start, end)
+            if entry.name <= last:
+                raise self._damaged(start)
+            entries[entry.name] = entry
+            start, last = end + 1, entry.name
+        return entries
+
+    def _parse(self, start: int, end: int) -> Entry:
+        match = _LINE.fullmatch(self._data[start:end].decode(errors="replace"))
+        if match is None or ".." in match[3].split("/") or match[3].startswith("/"):
+            raise self._damaged(start)
+        return Entry(sha256=match[1], n_bytes=int(match[2]), name=match[3])
+
+    def _damaged(self, start: int) -> CorruptStoreError:
+        line = self._data.count(b"\n", 0, start) + 1
+        return CorruptStoreError(
+            f"{self._path}, line {line}: not `sha256 bytes name` of a file in the store, in the order of the names"
+        )
+
+
 def write_manifest(store: Path, entries: Iterable[Entry]) -> str:
     """Write the manifest and return the store's digest."""
-    lines = sorted((entry.name, f"{entry.sha256} {entry.n_bytes} {entry.name}\n") for entry in entries)
+    lines = sorted((entry.name.encode(), f"{entry.sha256} {entry.n_bytes} {entry.name}\n") for entry in entries)
     data = "".join(line for _, line in lines).encode()
 
     def pieces() -> Iterable[bytes]:
@@ -42,33 +108,29 @@ def write_manifest(store: Path, entries: Iterable[Entry]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_manifest(store: Path) -> tuple[dict[str, Entry], str]:
-    """The manifest's entries by name, and the store's digest.
+def read_manifest(store: Path) -> Manifest:
+    """A store's manifest.
 
     Raises:
         IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
-        CorruptStoreError: a line is not of its form, or a name leaves the store.
     """
     path = store / MANIFEST
     try:
-        data = path.read_bytes()
+        return Manifest(path, path.read_bytes())
     except FileNotFoundError:
         raise IncompleteStoreError(
             f"{store} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
         ) from None
-    entries: dict[str, Entry] = {}
-    for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
-        match = _LINE.fullmatch(line)
-        if match is None or ".." in match[3].split("/") or match[3].startswith("/") or match[3] in entries:
-            raise CorruptStoreError(f"{path}, line {number}: not `sha256 bytes name` of a file in the store")
-        entries[match[3]] = Entry(sha256=match[1], n_bytes=int(match[2]), name=match[3])
-    return entries, hashlib.sha256(data).hexdigest()
 
 
 def file_entry(store: Path, name: str) -> Entry:
-    """The manifest's entry of a small file that is there."""
-    data = (store / name).read_bytes()
-    return Entry(sha256=hashlib.sha256(data).hexdigest(), n_bytes=len(data), name=name)
+    """The manifest's entry of a file that is there, read piece by piece."""
+    digest, n_bytes = hashlib.sha256(), 0
+    with (store / name).open("rb", buffering=0) as file:
+        while data := file.read(HASHED_AT_ONCE):
+            digest.update(data)
+            n_bytes += len(data)
+    return Entry(sha256=digest.hexdigest(), n_bytes=n_bytes, name=name)
 
 
 def files_of(store: Path) -> set[str]:

@@ -1,37 +1,69 @@
-"""The Zarr v3 metadata of a store, made by zarr-python in memory and placed by us, durably.
+"""The Zarr v3 metadata of a store, and its small arrays: made by zarr-python in memory, placed by us, durably.
 
 zarr-python decides every byte of each `zarr.json`; coldtap adds attributes. All groups have one.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.arrays import ArraySpec, RowArray, WideSpec, shard_shape
+from coldtap.stores.chunks import ZSTD_LEVEL
+from coldtap.stores.codes import ABSENT_CODE, SCALE_OF_STEP, Floats, Scaling
+from coldtap.stores.escapes import create_escape_arrays
 from coldtap.stores.manifest import FEATURES
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
+from coldtap.stores.tiers import Numbers
 
 
 def static_files(
     recipe: Recipe,
     specs: Sequence[ArraySpec],
     n_rows: int,
-    exponents: Mapping[str, Sequence[int]],
+    numbers: Mapping[str, Numbers],
     norm: FinalNorm | None,
 ) -> dict[str, bytes]:
-    """Every file of `features.zarr` that is no shard, by its path under the store."""
+    """Every file of `features.zarr` that is there before the first block, by its path under the store."""
     memory = MemoryStore()
     root = zarr.create_group(memory, attributes={"coldtap": recipe.to_dict()})
     for spec in specs:
         _require_groups(root, spec.name)
-        _create_array(root, spec, n_rows, exponents[spec.name])
+        _create_array(root, spec, n_rows, numbers[spec.name])
+        if scaling := numbers[spec.name].scaling:
+            _create_scales(root, spec, scaling)
+            if scaling.wide:
+                _create_wide(root, WideSpec(of=spec, slots=scaling.wide), n_rows)
     _create_norm(root, norm)
+    return _files_of(memory)
+
+
+def escape_files(specs: Sequence[ArraySpec], n_blocks: int, n_chunks: Mapping[str, int]) -> dict[str, bytes]:
+    """The metadata of the arrays of escapes, whose length is known when every block is done.
+
+    Args:
+        specs: the int8 arrays.
+        n_blocks: blocks of the store.
+        n_chunks: of each array's longest list.
+    """
+    memory = MemoryStore()
+    root = zarr.create_group(memory)
+    for spec in specs:
+        _require_groups(root, f"escapes/{spec.name}/value")
+        create_escape_arrays(root, spec, n_blocks, n_chunks[spec.name])
+    files = _files_of(memory)
+    del files[f"{FEATURES}/zarr.json"]
+    return files
+
+
+def _files_of(memory: MemoryStore) -> dict[str, bytes]:
     prototype = default_buffer_prototype()
     names = [f"{FEATURES}/{key}" for key in sorted(memory._store_dict)]
     return {
@@ -50,32 +82,62 @@ def _require_groups(root: zarr.Group, array: str) -> None:
         root.require_group("/".join(parts[:depth]))
 
 
-def _create_array(root: zarr.Group, spec: ArraySpec, n_rows: int, exponents: Sequence[int]) -> None:
-    # A missing chunk (an absent row) reads as NaN in any Zarr reader, never as zeros; 0xFFFF is a NaN of bfloat16.
-    fill: float | int = 0xFFFF if spec.tier == "bfloat16" else float("nan")
+# A missing chunk (an absent row) reads as NaN in any Zarr reader, never as zeros; 0xFFFF is a NaN of bfloat16, and no
+# value has the code −128.
+FILL: Mapping[str, float | int] = {
+    "float32": float("nan"),
+    "float16": float("nan"),
+    "bfloat16": 0xFFFF,
+    "int8": ABSENT_CODE,
+}
+
+
+def _create_array(root: zarr.Group, spec: ArraySpec, n_rows: int, numbers: Numbers) -> None:
+    attributes: dict[str, Any] = {
+        "gather": spec.gather,
+        "taps": list(spec.taps),
+        "tier": spec.tier,
+        "layout": spec.layout,
+        "block_rows": spec.block_rows,
+        "scale_exponents": list(numbers.exponents),
+        **spec.geometry.to_dict(),
+    }
+    _create_rows(root, spec, n_rows, FILL[spec.tier], attributes)
+
+
+def _create_wide(root: zarr.Group, spec: WideSpec, n_rows: int) -> None:
+    _require_groups(root, spec.name)
+    slots = [{"tap": spec.of.taps[place], "channel": channel} for place, channel in spec.slots]
+    _create_rows(root, spec, n_rows, -(2**15), {"of": spec.of.name, "slots": slots})
+
+
+def _create_rows(root: zarr.Group, array: RowArray, n_rows: int, fill: float | int, attributes: dict[str, Any]) -> None:
+    compressed = [ZstdCodec(level=ZSTD_LEVEL)] if array.layout == "compact" else []
     root.create_array(
-        spec.name,
-        shape=(n_rows, *spec.row_shape),
-        chunks=spec.shard_shape,
-        dtype=spec.dtype,
+        array.name,
+        shape=(n_rows, *array.row_shape),
+        chunks=shard_shape(array),
+        dtype=array.dtype,
         serializer=ShardingCodec(
-            chunk_shape=spec.chunk_shape,
-            codecs=[BytesCodec(endian="little"), Crc32cCodec()],
+            chunk_shape=array.chunk_shape,
+            codecs=[BytesCodec(endian="little"), *compressed, Crc32cCodec()],
             subchunk_write_order="lexicographic",
         ),
         compressors=None,
         filters=None,
         fill_value=fill,
-        dimension_names=spec.dimensions,
-        attributes={
-            "gather": spec.gather,
-            "taps": list(spec.taps),
-            "tier": spec.tier,
-            "block_rows": spec.block_rows,
-            "scale_exponents": list(exponents),
-            **spec.geometry.to_dict(),
-        },
+        dimension_names=array.dimensions,
+        attributes=attributes,
     )
+
+
+def _create_scales(root: zarr.Group, spec: ArraySpec, scaling: Scaling) -> None:
+    group = root.require_group("scales")
+    for part in spec.name.split("/"):
+        group = group.require_group(part)
+    group.attrs.update({"of": spec.name, "largest_error_of_scale": 1 / SCALE_OF_STEP / 2})
+    for name, values in (("scale", scaling.scale), ("offset", scaling.offset)):
+        _create_values(group, name, values, ("tap", "channel"))
 
 
 def _create_norm(root: zarr.Group, norm: FinalNorm | None) -> None:
@@ -85,10 +147,15 @@ def _create_norm(root: zarr.Group, norm: FinalNorm | None) -> None:
     group = root.create_group("norm", attributes={"kind": norm.kind, "eps": norm.eps})
     for name, values in (("weight", norm.weight), ("bias", norm.bias)):
         if values is not None:
-            group.create_array(
-                name,
-                data=values,
-                compressors=None,
-                dimension_names=("channel",),
-                config={"write_empty_chunks": True},
-            )
+            _create_values(group, name, values, ("channel",))
+
+
+def _create_values(group: zarr.Group, name: str, values: Floats, dimensions: tuple[str, ...]) -> None:
+    group.create_array(
+        name,
+        data=np.asarray(values, "<f4"),
+        chunks=values.shape,
+        compressors=None,
+        dimension_names=dimensions,
+        config={"write_empty_chunks": True},
+    )

@@ -10,7 +10,7 @@ from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.recipe import Recipe, differences
 
 RECIPE = "recipe.json"
-RECORDED = {"environment", "model", "source", "scale_exponents"}
+RECORDED = {"environment", "model", "source"}
 
 
 def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:

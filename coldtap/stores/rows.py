@@ -5,7 +5,7 @@ blocks are class-mixed. The last block of a (split, view) is padded with absent 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -23,6 +23,43 @@ class Row:
     sample: int
     split: str
     view: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """The run of blocks of one (split, view).
+
+    Attributes:
+        split, view: what its rows are.
+        first_block: number of its first block.
+        first_sample: number of its first sample, counted over the splits in order.
+        n_samples: planned rows; the rest of its last block is padding.
+    """
+
+    split: str
+    view: int
+    first_block: int
+    first_sample: int
+    n_samples: int
+
+
+def segments_of(splits: Mapping[str, int], views: int, block_rows: int) -> tuple[Segment, ...]:
+    """Every (split, view) in row order: view 0 of each split, then the other views of train.
+
+    Args:
+        splits: planned samples a split.
+        views: augmented views of each training sample.
+        block_rows: S.
+    """
+    found, block = [], 0
+    for view in range(views + 1):
+        first_sample = 0
+        for split in (split for split in SPLITS if split in splits):
+            if view == 0 or split == "train":
+                found.append(Segment(split, view, block, first_sample, splits[split]))
+                block += -(-splits[split] // block_rows)
+            first_sample += splits[split]
+    return tuple(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,20 +107,14 @@ class RowPlan:
         )
 
     @cached_property
-    def segments(self) -> tuple[tuple[str, int, int], ...]:
-        """(split, view, first block) of each run of blocks, in row order."""
-        found, block = [], 0
-        for view in range(self.views + 1):
-            for split in self.order:
-                if view == 0 or split == "train":
-                    found.append((split, view, block))
-                    block += self._blocks_of(split)
-        return tuple(found)
+    def segments(self) -> tuple[Segment, ...]:
+        """The runs of blocks in row order."""
+        return segments_of({split: len(samples) for split, samples in self.order.items()}, self.views, self.block_rows)
 
     @cached_property
     def n_blocks(self) -> int:
         """Blocks of the store."""
-        return sum(self._blocks_of(split) for split, _, _ in self.segments)
+        return sum(-(-segment.n_samples // self.block_rows) for segment in self.segments)
 
     @property
     def n_rows(self) -> int:
@@ -93,7 +124,7 @@ class RowPlan:
     @cached_property
     def n_planned(self) -> int:
         """Rows that stand for a (sample, view): all but the padding."""
-        return sum(len(self.order[split]) for split, _, _ in self.segments)
+        return sum(segment.n_samples for segment in self.segments)
 
     @property
     def n_samples(self) -> int:
@@ -110,16 +141,19 @@ class RowPlan:
 
     def block(self, number: int) -> list[Row]:
         """The planned rows of a block; its padding has none."""
-        split, view, first = next(segment for segment in reversed(self.segments) if segment[2] <= number)
-        start = (number - first) * self.block_rows
-        samples = self.order[split][start : start + self.block_rows]
+        segment = next(segment for segment in reversed(self.segments) if segment.first_block <= number)
+        start = (number - segment.first_block) * self.block_rows
+        samples = self.order[segment.split][start : start + self.block_rows]
         base = number * self.block_rows
-        return [Row(number=base + i, sample=s, split=split, view=view) for i, s in enumerate(samples)]
+        return [Row(number=base + i, sample=s, split=segment.split, view=segment.view) for i, s in enumerate(samples)]
+
+    def first_rows(self, n_rows: int) -> list[Row]:
+        """The first rows of the first (split, view), as many as there are up to `n_rows`."""
+        first = self.segments[0]
+        n_blocks = -(-min(n_rows, first.n_samples) // self.block_rows)
+        return [row for number in range(n_blocks) for row in self.block(number)][:n_rows]
 
     def __iter__(self) -> Iterator[Row]:
         """Every planned row in order."""
         for number in range(self.n_blocks):
             yield from self.block(number)
-
-    def _blocks_of(self, split: str) -> int:
-        return -(-len(self.order[split]) // self.block_rows)

@@ -1,6 +1,5 @@
 """Reading a store: rows of features into a buffer that the caller gives, and the tables beside them."""
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,92 +7,143 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from coldtap.stores.array_reader import StoredArray
+from coldtap.stores.array_reader import StoredArray, require_metadata
+from coldtap.stores.arrays import ArraySpec, arrays_of_recipe
 from coldtap.stores.canonical import sha256
+from coldtap.stores.codes import Floats
 from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError, StoreError
 from coldtap.stores.index import (
     REJECTED,
     REJECTED_SCHEMA,
     SAMPLES,
     SAMPLES_SCHEMA,
+    TARGETS_SCHEMA,
+    Targets,
     read_table,
     read_targets,
     targets_name,
 )
-from coldtap.stores.manifest import FEATURES, Entry, read_manifest
+from coldtap.stores.manifest import FEATURES, file_entry, read_manifest
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import RECIPE, read_recipe
-from coldtap.stores.rows import SPLITS
+from coldtap.stores.rows import Segment, segments_of
+from coldtap.stores.shard_files import ShardFiles
+from coldtap.stores.stored_numbers import read_metadata, read_numbers
+from coldtap.stores.threads import Threads
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def open_store(path: str | Path) -> "Store":
+def open_store(path: str | Path, *, threads: int | None = None) -> "Store":
     """Open a complete store for reading.
+
+    Args:
+        path: its folder.
+        threads: that read and decode; None is one a core, up to 8.
 
     Raises:
         StoreError: there is no store at `path`.
         IncompleteStoreError: it has no manifest yet.
         CorruptStoreError: its recipe or metadata is not what the manifest says.
     """
-    return Store(Path(path))
+    return Store(Path(path), threads=threads)
 
 
 class Store:
-    """A complete store.
+    """A complete store; safe in threads, after a fork, and to be sent to another process.
 
     Attributes:
         path: its folder.
         recipe: what was asked.
         recorded: what the run found out, and where it ran.
-        digest: SHA-256 of the manifest: what is there.
         arrays: by name, such as `layers/g8x8-p1-c192`.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, threads: int | None = None) -> None:
         found = read_recipe(path)
         if found is None:
             raise StoreError(f"there is no store at {path}: make one with `cache-features SOURCE {path}`")
         self.path = path
         self.recipe: Recipe = found[0]
         self.recorded: Mapping[str, Any] = found[1]
-        self.entries, self.digest = read_manifest(path)
+        self.manifest = read_manifest(path)
+        self._n_threads = threads
         self._require(RECIPE)
-        self.arrays = self._open_arrays()
+        self._files, self._threads = ShardFiles(path / FEATURES), Threads(threads)
+        specs = arrays_of_recipe(self.recipe.extractor, self.recipe.encoding, where=str(path / RECIPE))
+        self.arrays = {spec.name: self._open_array(spec) for spec in sorted(specs, key=lambda spec: spec.name)}
+        self._targets: dict[str, Targets] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the store itself."""
+        return _reopened, (self.path, self._n_threads, self.digest)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest: what is there."""
+        return self.manifest.digest
 
     def _require(self, name: str) -> bytes:
         """The bytes of a small file, held against the manifest."""
-        entry: Entry | None = self.entries.get(name)
+        data = self._listed(name)
+        if data is None:
+            raise CorruptStoreError(f"{self.path / name}: the manifest does not list it: run `coldtap verify`")
+        return data
+
+    def _listed(self, name: str) -> bytes | None:
+        """The bytes of a small file, held against the manifest; None where it lists no such file."""
+        entry = self.manifest.find(name)
+        if entry is None:
+            return None
         try:
             data = (self.path / name).read_bytes()
-        except FileNotFoundError:
+        except OSError:
             raise CorruptStoreError(f"{self.path / name} is missing: fetch it again, or run `coldtap verify`") from None
-        if entry is None or sha256(data) != entry.sha256:
+        if sha256(data) != entry.sha256:
             raise CorruptStoreError(f"{self.path / name} is not what the manifest says: run `coldtap verify`")
         return data
 
-    def _open_arrays(self) -> dict[str, StoredArray]:
-        arrays = {}
-        for name in sorted(self.entries):
-            parts = name.split("/")
-            if parts[0] == FEATURES and parts[-1] == "zarr.json" and parts[1] in ("layers", "sum", "pooled"):
-                metadata = json.loads(self._require(name))
-                if metadata.get("node_type") == "array":
-                    array = StoredArray(self.path, "/".join(parts[1:-1]), metadata)
-                    arrays[array.name] = array
-        return arrays
+    def _require_intact(self, name: str) -> None:
+        """Hold a table against the manifest without having all of it in memory."""
+        try:
+            there = file_entry(self.path, name)
+        except OSError:
+            raise CorruptStoreError(f"{self.path / name} is missing: fetch it again, or run `coldtap verify`") from None
+        if there != self.manifest.find(name):
+            raise CorruptStoreError(f"{self.path / name} is not what the manifest says: run `coldtap verify`")
+
+    def _open_array(self, spec: ArraySpec) -> StoredArray:
+        metadata = read_metadata(self._listed_feature, spec.name)
+        n_rows = require_metadata(metadata, spec, self.path / FEATURES / spec.name / "zarr.json")
+        numbers = read_numbers(self._listed_feature, spec)
+        return StoredArray(spec, n_rows, numbers, self._files, self._threads, self._listed_feature)
+
+    def _listed_feature(self, key: str) -> bytes | None:
+        return self._listed(f"{FEATURES}/{key}")
 
     @cached_property
-    def samples(self) -> pa.Table:
-        """One line a present row, ascending: row, sample_id, view, split, source, source_sha256."""
-        self._require(SAMPLES)
-        return read_table(self.path / SAMPLES, SAMPLES_SCHEMA)
+    def segments(self) -> tuple[Segment, ...]:
+        """Which rows are planned for which (split, view)."""
+        rows = self.recipe.rows
+        return segments_of(rows["splits"], rows["views"], self.recipe.encoding["block_rows"])
 
     @cached_property
     def _present(self) -> Rows:
-        return np.asarray(self.samples["row"].to_numpy())
+        """Numbers of the present rows, ascending."""
+        self._require_intact(SAMPLES)
+        present: Rows = read_table(self.path / SAMPLES, SAMPLES_SCHEMA, ["row"])["row"].to_numpy()
+        if len(present) and ((np.diff(present) <= 0).any() or present[0] < 0):
+            raise CorruptStoreError(f"{self.path / SAMPLES}: its rows are not in ascending order")
+        return present
+
+    @property
+    def samples(self) -> pa.Table:
+        """One line a present row, ascending: row, sample_id, view, split, source, source_sha256."""
+        self._require_intact(SAMPLES)
+        return read_table(self.path / SAMPLES, SAMPLES_SCHEMA)
 
     @property
     def n_rows(self) -> int:
@@ -113,12 +163,26 @@ class Store:
     @property
     def splits(self) -> dict[str, int]:
         """Samples (present rows of view 0) a split."""
-        return {split: n for split in SPLITS if (n := len(self.rows(split))) > 0}
+        splits = [segment.split for segment in self.segments if segment.view == 0]
+        return {split: n for split in splits if (n := len(self.rows(split))) > 0}
 
     def rows(self, split: str, view: int = 0) -> Rows:
         """Numbers of the present rows of a (split, view), ascending; empty where there are none."""
-        of_split = np.asarray(self.samples["split"].to_numpy() == split)
-        return np.asarray(self._present[of_split & (self.samples["view"].to_numpy() == view)])
+        for segment in self.segments:
+            if (segment.split, segment.view) == (split, view):
+                first = segment.first_block * self.recipe.encoding["block_rows"]
+                start, end = np.searchsorted(self._present, [first, first + segment.n_samples])
+                return self._present[start:end]
+        return np.empty(0, np.int64)
+
+    def sample_numbers(self, rows: Sequence[int] | Rows) -> Rows:
+        """The number of each row's sample, counted over the splits in row order: views of a sample share it."""
+        wanted = np.asarray(rows, np.int64)
+        block_rows = self.recipe.encoding["block_rows"]
+        first_rows = np.array([segment.first_block * block_rows for segment in self.segments])
+        first_samples = np.array([segment.first_sample for segment in self.segments])
+        segment = np.searchsorted(first_rows, wanted, side="right") - 1
+        return np.asarray(first_samples[segment] + wanted - first_rows[segment])
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Sample ids of rows.
@@ -126,17 +190,24 @@ class Store:
         Raises:
             MissingFeaturesError: a row is not there.
         """
-        ids: list[str] = self.samples["sample_id"].take(pa.array(self._places(rows))).to_pylist()
+        ids: list[str] = self._ids.take(pa.array(self._places(rows))).to_pylist()
         return ids
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        self._require_intact(SAMPLES)
+        return read_table(self.path / SAMPLES, SAMPLES_SCHEMA, ["sample_id"])["sample_id"]
 
     def sources(self, rows: Sequence[int] | Rows) -> list[str]:
         """Where the samples of rows came from."""
-        sources: list[str] = self.samples["source"].take(pa.array(self._places(rows))).to_pylist()
+        self._require_intact(SAMPLES)
+        column = read_table(self.path / SAMPLES, SAMPLES_SCHEMA, ["source"])["source"]
+        sources: list[str] = column.take(pa.array(self._places(rows))).to_pylist()
         return sources
 
     def splits_by_id(self) -> dict[str, str]:
         """The split of every sample of the plan, rejected ones included, by sample id."""
-        self._require(REJECTED)
+        self._require_intact(REJECTED)
         tables = self.samples, read_table(self.path / REJECTED, REJECTED_SCHEMA)
         return {
             sample: split
@@ -154,17 +225,17 @@ class Store:
             )
         return places
 
-    @cached_property
-    def _targets(self) -> dict[str, tuple[Mapping[str, int], tuple[str, ...] | None]]:
-        return {}
+    def has_targets(self, name: str = "label") -> bool:
+        """Whether the store has targets of this name."""
+        return self.manifest.find(targets_name(name)) is not None
 
-    def _target_table(self, name: str) -> tuple[Mapping[str, int], tuple[str, ...] | None]:
+    def _target_table(self, name: str) -> Targets:
         if name not in self._targets:
-            if targets_name(name) not in self.entries:
+            if not self.has_targets(name):
                 raise MissingFeaturesError(
                     f"{self.path} has no targets {name!r}: it was made from images without labels"
                 )
-            self._require(targets_name(name))
+            self._require_intact(targets_name(name))
             self._targets[name] = read_targets(self.path / targets_name(name))
         return self._targets[name]
 
@@ -174,26 +245,35 @@ class Store:
         Raises:
             MissingFeaturesError: the store has no such targets, or not for a row.
         """
-        table, _ = self._target_table(name)
-        ids = self.sample_ids(rows)
-        if missing := next((sample for sample in ids if sample not in table), None):
+        table = self._target_table(name)
+        if table.order is not None and table.order == self.recipe.rows.get("order"):
+            self._places(rows)
+            numbers = self.sample_numbers(rows)
+            if len(numbers) and numbers.max() >= len(table.values):
+                raise CorruptStoreError(f"{self.path / targets_name(name)} has fewer lines than the store has samples")
+            return np.asarray(table.values[numbers])
+        ids = pa.array(self.sample_ids(rows), pa.string())
+        known = read_table(self.path / targets_name(name), TARGETS_SCHEMA, ["sample_id"])["sample_id"]
+        lines = pc.index_in(ids, known)
+        if lines.null_count:
+            missing = ids[pc.index(lines.is_null(), True).as_py()].as_py()
             raise MissingFeaturesError(f"{self.path / targets_name(name)} has no target for sample {missing!r}")
-        return np.array([table[sample] for sample in ids], np.int64)
+        return np.asarray(table.values[lines.to_numpy()])
 
     def class_names(self, name: str = "label") -> tuple[str, ...] | None:
         """Names of the classes, by number, where the source gave them."""
-        return self._target_table(name)[1]
+        return self._target_table(name).class_names
 
     @property
     def n_classes(self) -> int:
         """Classes of the targets `label`."""
-        table, names = self._target_table("label")
-        return len(names) if names else max(table.values()) + 1
+        table = self._target_table("label")
+        return len(table.class_names) if table.class_names else int(table.values.max()) + 1
 
     @cached_property
     def norm(self) -> FinalNorm | None:
         """The backbone's frozen final norm, or None where it has none."""
-        attributes = json.loads(self._require(f"{FEATURES}/norm/zarr.json"))["attributes"]
+        attributes = read_metadata(self._listed_feature, "norm")["attributes"]
         if attributes["kind"] == "none":
             return None
         return FinalNorm(
@@ -203,6 +283,13 @@ class Store:
             bias=self._norm_values("bias"),
         )
 
-    def _norm_values(self, name: str) -> np.ndarray[Any, np.dtype[np.float32]] | None:
-        file = f"{FEATURES}/norm/{name}/c/0"
-        return np.frombuffer(self._require(file), "<f4") if file in self.entries else None
+    def _norm_values(self, name: str) -> Floats | None:
+        data = self._listed(f"{FEATURES}/norm/{name}/c/0")
+        return None if data is None else np.frombuffer(data, "<f4")
+
+
+def _reopened(path: Path, threads: int | None, digest: str) -> Store:
+    store = Store(path, threads=threads)
+    if store.digest != digest:
+        raise StoreError(f"{path} is another store than the one that was opened before: open it again")
+    return store

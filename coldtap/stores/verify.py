@@ -1,25 +1,30 @@
 """Verification: every byte of a store held against its manifest, its checksums and its metadata."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
+from typing import Any
 
-import google_crc32c
 import numpy as np
 
-from coldtap.stores.array_reader import StoredArray
-from coldtap.stores.canonical import sha256
+from coldtap.stores.arrays import ArraySpec, RowArray, WideSpec, shard_key
+from coldtap.stores.chunks import CRC_BYTES, checksum
 from coldtap.stores.errors import CorruptStoreError, StoreError
 from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
 from coldtap.stores.lock import LOCK_NAME
-from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, files_of, read_manifest
+from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, file_entry, files_of, read_manifest
 from coldtap.stores.recipe_file import read_recipe
-from coldtap.stores.shards import CRC_BYTES, ShardFile, tap_digests
+from coldtap.stores.shard_files import ShardFile
 from coldtap.stores.store import Store
 
-MAX_THREADS = 8
+MAX_THREADS = 16
+FILES_AT_ONCE = 4096  # futures in memory: a store may have a million files
+
+type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +47,19 @@ class Verification:
 
 
 def verify_store(
-    path: str | Path, *, advance: Callable[[int], None] = lambda n_bytes: None, n_threads: int | None = None
+    path: str | Path,
+    *,
+    begin: Callable[[int], None] = lambda n_bytes: None,
+    advance: Callable[[int], None] = lambda n_bytes: None,
+    n_threads: int | None = None,
 ) -> Verification:
     """Check every file, digest, checksum, shape and row of a store.
 
     Args:
         path: the store.
+        begin: called once with the bytes that will be read.
         advance: called with the bytes read, as files are done.
-        n_threads: None for one a core, up to 8: each holds a shard, twice.
+        n_threads: None for one a core, up to 16: each holds a shard.
 
     Raises:
         StoreError: there is no store to check, or it is incomplete.
@@ -58,42 +68,50 @@ def verify_store(
     store = Path(path)
     if not (store / MANIFEST).exists() and read_recipe(store) is None:
         raise StoreError(f"there is no store at {store}: make one with `cache-features SOURCE {store}`")
-    entries, digest = read_manifest(store)
+    manifest = read_manifest(store)
+    entries = manifest.entries()
     problems = [*_file_problems(store, entries)]
     files = [entry for name, entry in entries.items() if "#" not in name]
+    begin(sum(entry.n_bytes for entry in files))
     damaged = {problem.where for problem in problems}
     opened: Store | None = None
     try:
         opened = Store(store)
-        arrays = opened.arrays
     except CorruptStoreError as error:
         problems.append(Problem(where=".", what=str(error)))
-        arrays = {}
-    shards = {
-        f"{FEATURES}/{array.spec.shard_key(block)}": (array, block)
-        for array in arrays.values()
-        for block in range(array.n_rows // array.spec.block_rows)
-    }
+    arrays = _row_arrays(opened) if opened else {}
 
     def check(entry: Entry) -> list[Problem]:
-        found = [] if entry.name in damaged else [*_content_problems(store, entry, entries, shards)]
+        found = [] if entry.name in damaged else [*_content_problems(store, entry, entries, arrays)]
         advance(entry.n_bytes)
         return found
 
     with ThreadPoolExecutor(n_threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
-        for found in pool.map(check, files):
-            problems.extend(found)
+        for some in batched(files, FILES_AT_ONCE):
+            for found in pool.map(check, some):
+                problems.extend(found)
     n_rows = 0
     if opened is not None:
-        found_rows, n_rows = _row_problems(opened, damaged)
-        problems.extend(problem for problem in found_rows if problem.where not in damaged)
+        found_rows, n_rows = _row_problems(opened, damaged | {problem.where for problem in problems})
+        problems.extend(found_rows)
     return Verification(
-        digest=digest,
+        digest=manifest.digest,
         n_files=len(files),
         n_bytes=sum(entry.n_bytes for entry in files),
         n_rows=n_rows,
         problems=tuple(problems),
     )
+
+
+def _row_arrays(store: Store) -> dict[str, RowArray]:
+    """Every array that is cut into shards, by name."""
+    found: dict[str, RowArray] = {}
+    for array in store.arrays.values():
+        found[array.name] = array.spec
+        if array.numbers.scaling and array.numbers.scaling.wide:
+            wide = WideSpec(of=array.spec, slots=array.numbers.scaling.wide)
+            found[wide.name] = wide
+    return found
 
 
 def _file_problems(store: Path, entries: Mapping[str, Entry]) -> Iterator[Problem]:
@@ -111,86 +129,98 @@ def _file_problems(store: Path, entries: Mapping[str, Entry]) -> Iterator[Proble
 
 
 def _content_problems(
-    store: Path, entry: Entry, entries: Mapping[str, Entry], shards: Mapping[str, tuple[StoredArray, int]]
+    store: Path, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, RowArray]
 ) -> Iterator[Problem]:
-    data = (store / entry.name).read_bytes()
-    same = sha256(data) == entry.sha256
-    if entry.name not in shards:
-        if not same:
+    name, _, key = entry.name.removeprefix(f"{FEATURES}/").partition("/c/")
+    if name not in arrays or not key:
+        if file_entry(store, entry.name) != entry:
             yield Problem(where=entry.name, what="its SHA-256 is not the manifest's")
         return
-    array, block = shards[entry.name]
-    found = [*_shard_problems(store, entry.name, data, array, block, entries)]
+    data = (store / entry.name).read_bytes()
+    found = [*_shard_problems(store / entry.name, entry.name, data, arrays[name], int(key.split("/")[0]), entries)]
     yield from found
-    if not same and not found:
+    if not found and hashlib.sha256(data).hexdigest() != entry.sha256:
         yield Problem(where=entry.name, what="its SHA-256 is not the manifest's, though all checksums hold")
 
 
 def _shard_problems(
-    store: Path, name: str, data: bytes, array: StoredArray, block: int, entries: Mapping[str, Entry]
+    path: Path, name: str, data: bytes, array: RowArray, block: int, entries: Mapping[str, Entry]
 ) -> Iterator[Problem]:
     """Chunks whose checksum does not hold, and taps whose digest is not the manifest's."""
-    spec = array.spec
     try:
-        shard = ShardFile(store / name, spec)
-        present = shard.present()
+        shard = ShardFile(path, array, block * array.block_rows)
+        rows = np.flatnonzero(shard.present())
     except CorruptStoreError as error:
         yield Problem(where=name, what=str(error))
         return
-    length = spec.chunk_bytes + CRC_BYTES
-    offsets = shard.entries[present][:, :, 0].astype(np.int64)
-    chunks = np.empty((*offsets.shape, length), np.uint8)
-    rows = np.flatnonzero(present)
-    whole = np.frombuffer(data, np.uint8)
-    for i, row in enumerate(rows):
-        for position, offset in enumerate(offsets[i]):
-            chunk = chunks[i, position] = whole[offset : offset + length]
-            stored = int.from_bytes(chunk[-CRC_BYTES:].tobytes(), "little")
-            if google_crc32c.value(np.ascontiguousarray(chunk[:-CRC_BYTES])) != stored:
-                tap = spec.taps[position] if spec.gather == "layers" else None
-                where = f"row {block * spec.block_rows + int(row)}" + ("" if tap is None else f", tap {tap}")
+    taps = array.taps if isinstance(array, ArraySpec) and array.gather == "layers" else ()
+    digests = [hashlib.sha256() for _ in range(array.chunks_per_row)]
+    # In the order of the digests: row by row, tap by tap.
+    for row, starts, lengths in zip(
+        rows.tolist(), shard.index.offsets[rows].tolist(), shard.index.lengths[rows].tolist(), strict=True
+    ):
+        for place, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            chunk = data[start : start + length]
+            digests[place].update(chunk)
+            if checksum(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:]:
+                where = f"row {block * array.block_rows + row}" + (f", tap {taps[place]}" if taps else "")
                 yield Problem(where=name, what=f"{where}: the chunk's checksum does not hold")
-    if spec.chunks_per_row > 1:
-        for tap, digest in zip(spec.taps, tap_digests(chunks), strict=True):
+    if len(taps) > 1:
+        for tap, digest in zip(taps, digests, strict=True):
             listed = entries.get(f"{name}#{tap}")
-            if listed is None or listed.sha256 != digest:
+            if listed is None or listed.sha256 != digest.hexdigest():
                 yield Problem(where=f"{name}#{tap}", what="the tap's SHA-256 is not the manifest's")
 
 
 def _row_problems(store: Store, damaged: Set[str]) -> tuple[list[Problem], int]:
-    """Rows that the tables and the shards do not agree on; shards that are damaged are reported themselves."""
-    problems = []
+    """Rows on which the tables, the plan and the shards do not agree; damaged files are reported themselves."""
     try:
         # Read as they are: their digests are reported with the files.
-        listed = set(read_table(store.path / SAMPLES, SAMPLES_SCHEMA)["row"].to_pylist())
-        rejected = set(read_table(store.path / REJECTED, REJECTED_SCHEMA)["row"].to_pylist())
+        samples = read_table(store.path / SAMPLES, SAMPLES_SCHEMA, ["row", "view", "split"])
+        listed = samples["row"].to_numpy()
+        rejected = read_table(store.path / REJECTED, REJECTED_SCHEMA, ["row"])["row"].to_numpy()
     except CorruptStoreError as error:
         return [Problem(where=".", what=str(error))], 0
-    if both := sorted(listed & rejected):
-        problems.append(Problem(where="samples.parquet", what=f"row {both[0]} is also listed as rejected"))
+    problems = [*_plan_problems(store, samples, rejected)]
     for array in store.arrays.values():
-        there, unknown = _present_rows(array, store.path, damaged)
-        for row in sorted((there ^ listed) - unknown)[:3]:
+        there, unknown = _present_rows(array.spec, array.n_rows, store.path, damaged)
+        for row in np.setdiff1d(np.setxor1d(there, listed), unknown)[:3].tolist():
             what = "has a chunk and no line" if row in there else "has a line and no chunk"
-            problems.append(Problem(where="samples.parquet", what=f"row {row} of {array.name} {what}"))
-    return problems, len(listed)
+            problems.append(Problem(where=SAMPLES, what=f"row {row} of {array.name} {what}"))
+    return [problem for problem in problems if problem.where not in damaged], len(listed)
 
 
-def _present_rows(array: StoredArray, store: Path, damaged: Set[str]) -> tuple[set[int], set[int]]:
+def _plan_problems(store: Store, samples: Any, rejected: Rows) -> Iterator[Problem]:
+    """Lines of the tables that are not rows of the recipe's plan."""
+    listed = samples["row"].to_numpy()
+    both = np.intersect1d(listed, rejected)
+    if len(both):
+        yield Problem(where=SAMPLES, what=f"row {both[0]} is also listed as rejected")
+    planned = np.zeros(len(listed), bool)
+    splits, views = samples["split"].to_numpy(), samples["view"].to_numpy()
+    for segment in store.segments:
+        first = segment.first_block * store.recipe.encoding["block_rows"]
+        inside = (listed >= first) & (listed < first + segment.n_samples)
+        planned |= inside & (splits == segment.split) & (views == segment.view)
+    if not planned.all():
+        row = listed[~planned][0]
+        yield Problem(where=SAMPLES, what=f"row {row} is not where the recipe's plan has its split and view")
+
+
+def _present_rows(array: ArraySpec, n_rows: int, store: Path, damaged: Set[str]) -> tuple[Rows, Rows]:
     """Rows of an array that have their chunks, and rows of which a damaged shard does not say."""
-    there: set[int] = set()
-    unknown: set[int] = set()
-    for block in range(array.n_rows // array.spec.block_rows):
-        name = f"{FEATURES}/{array.spec.shard_key(block)}"
-        rows = np.arange(block * array.spec.block_rows, (block + 1) * array.spec.block_rows)
+    there, unknown = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for block in range(n_rows // array.block_rows):
+        name = f"{FEATURES}/{shard_key(array, block)}"
+        rows = np.arange(block * array.block_rows, (block + 1) * array.block_rows)
         try:
             if name in damaged:
-                unknown.update(rows.tolist())
+                unknown.append(rows)
             elif (store / name).exists():
-                there.update(rows[ShardFile(store / name, array.spec).present()].tolist())
+                there.append(rows[ShardFile(store / name, array, int(rows[0])).present()])
         except CorruptStoreError:
-            unknown.update(rows.tolist())
-    return there, unknown
+            unknown.append(rows)
+    return np.concatenate(there), np.concatenate(unknown)
 
 
 def source_problems(store: Store, read_digest: Callable[[str], str | None]) -> Iterator[Problem]:
@@ -201,7 +231,8 @@ def source_problems(store: Store, read_digest: Callable[[str], str | None]) -> I
         read_digest: SHA-256 of a sample's image now, by sample id; None where the source has no such sample.
     """
     seen = set()
-    columns = (store.samples[name].to_pylist() for name in ("sample_id", "source", "source_sha256"))
+    samples = store.samples
+    columns = (samples[name].to_pylist() for name in ("sample_id", "source", "source_sha256"))
     for sample, where, digest in zip(*columns, strict=True):
         if sample in seen:
             continue

@@ -8,14 +8,17 @@ most the blocks in flight.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.canonical import readable_json
+from coldtap.stores.arrays import ArraySpec, shard_key
+from coldtap.stores.block import ArrayBuffer, BlockBuffers
+from coldtap.stores.canonical import readable_json, sha256
 from coldtap.stores.durable import TEMPORARY_SUFFIX, machine_errors, write_file
 from coldtap.stores.errors import IncompleteStoreError
+from coldtap.stores.escapes import escape_chunks, longest_list
 from coldtap.stores.faults import fault_point
 from coldtap.stores.index import (
     REJECTED,
@@ -37,12 +40,13 @@ from coldtap.stores.journal import (
     write_line,
 )
 from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, file_entry, read_manifest, write_manifest
-from coldtap.stores.metadata import static_files
+from coldtap.stores.metadata import escape_files, static_files
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import RECIPE
 from coldtap.stores.rows import RowPlan
-from coldtap.stores.shards import SealedShard, ShardBuffer
+from coldtap.stores.shards import SealedShard
+from coldtap.stores.tiers import Numbers
 
 
 class StoreWriter:
@@ -53,12 +57,16 @@ class StoreWriter:
         self.recipe = recipe
         self.specs = tuple(specs)
         self.plan = plan
+        self.numbers: Mapping[str, Numbers] = {}
         self._statics: tuple[str, ...] = ()
 
-    def start(self, recorded: Mapping[str, Any], norm: FinalNorm | None) -> None:
+    def start(self, recorded: Mapping[str, Any], numbers: Mapping[str, Numbers], norm: FinalNorm | None) -> None:
         """Write the recipe and the arrays' metadata where they are not there yet; sweep what a dead job left.
 
-        `recorded["scale_exponents"]` holds the exponents of each array's taps.
+        Args:
+            recorded: what goes beside the recipe.
+            numbers: how the values of each array are kept.
+            norm: the backbone's final norm.
 
         Raises:
             MachineError: the disk is full, read-only or refuses.
@@ -70,8 +78,8 @@ class StoreWriter:
         recipe = readable_json({**self.recipe.to_dict(), "recorded": dict(recorded)})
         self._write_missing(RECIPE, recipe)
         fault_point("recipe-written")
-        exponents = recorded["scale_exponents"]
-        statics = static_files(self.recipe, self.specs, self.plan.n_rows, exponents, norm)
+        self.numbers = numbers
+        statics = static_files(self.recipe, self.specs, self.plan.n_rows, numbers, norm)
         for name, data in statics.items():
             self._write_missing(name, data)
         self._statics = tuple(statics)
@@ -102,14 +110,14 @@ class StoreWriter:
             )
         return False
 
-    def new_buffers(self) -> dict[str, ShardBuffer]:
+    def new_buffers(self) -> BlockBuffers:
         """A buffer an array, for the rows of one block."""
-        return {spec.name: ShardBuffer(spec) for spec in self.specs}
+        return {spec.name: ArrayBuffer(spec, self.numbers[spec.name]) for spec in self.specs}
 
     def write_block(
         self,
         block: int,
-        buffers: Mapping[str, ShardBuffer],
+        buffers: BlockBuffers,
         *,
         rejected: Sequence[Rejection],
         source_sha256: Mapping[int, str],
@@ -131,13 +139,14 @@ class StoreWriter:
         """
         present = np.zeros(self.plan.block_rows, bool)
         present[[row % self.plan.block_rows for row in source_sha256]] = True
-        shards = {}
+        shards: dict[str, ShardRecord] = {}
         for spec in self.specs if present.any() else ():
-            sealed = buffers[spec.name].seal(present)
-            self._place(spec.shard_key(block), sealed)
-            shards[spec.shard_key(block)] = ShardRecord(
-                n_bytes=sealed.n_bytes, sha256=sealed.sha256, tap_sha256=sealed.tap_sha256
-            )
+            buffer = buffers[spec.name]
+            for shard in filter(None, (buffer.shard, buffer.wide)):
+                self._place_shard(shard_key(shard.array, block), shard.seal(present), shards)
+            self._forget_escapes(spec, block)
+            for key, data in escape_chunks(spec, block, buffer.take_escapes(block, present)):
+                self._place_escapes(key, data, shards)
         fault_point("block-renamed")
         line = JournalLine(
             block=block,
@@ -151,13 +160,29 @@ class StoreWriter:
         fault_point("journal-written")
         return line
 
-    def _place(self, key: str, sealed: SealedShard) -> None:
+    def _place_shard(self, key: str, sealed: SealedShard, shards: dict[str, ShardRecord]) -> None:
         def pieces() -> Iterable[memoryview]:
             yield from sealed.pieces
             fault_point("shard-temporary")
 
         write_file(self.store / FEATURES / key, pieces())
         fault_point("shard-renamed")
+        shards[key] = ShardRecord(
+            n_bytes=sealed.whole.n_bytes,
+            sha256=sealed.whole.sha256,
+            tap_bytes=tuple(tap.n_bytes for tap in sealed.taps),
+            tap_sha256=tuple(tap.sha256 for tap in sealed.taps),
+        )
+
+    def _forget_escapes(self, spec: ArraySpec, block: int) -> None:
+        """A longer list may lie there from a block that died, made elsewhere (`--allow-mixed`)."""
+        for part in ("position", "value"):
+            rmtree(self.store / FEATURES / f"escapes/{spec.name}/{part}/c/{block}", ignore_errors=True)
+
+    def _place_escapes(self, key: str, data: bytes, shards: dict[str, ShardRecord]) -> None:
+        write_file(self.store / FEATURES / key, [data])
+        fault_point("escapes-renamed")
+        shards[key] = ShardRecord(n_bytes=len(data), sha256=sha256(data))
 
     def finish(self, ids: Sequence[str], where: Callable[[int], str], targets: Mapping[str, bytes]) -> str:
         """Write the tables and the manifest; returns the store's digest.
@@ -174,8 +199,20 @@ class StoreWriter:
         write_rows(self.store / REJECTED, REJECTED_SCHEMA, self._rejected(ids, where))
         for name, data in targets.items():
             write_file(self.store / targets_name(name), [data])
+        escapes = self._write_escape_metadata()
         fault_point("index-written")
-        return write_manifest(self.store, self._entries([*self._statics, *map(targets_name, targets)]))
+        return write_manifest(self.store, self._entries([*self._statics, *escapes, *map(targets_name, targets)]))
+
+    def _write_escape_metadata(self) -> Iterable[str]:
+        coded = [spec for spec in self.specs if spec.tier == "int8"]
+        longest = dict.fromkeys((spec.name for spec in coded), 0)
+        for line in self._lines() if coded else ():
+            for spec in coded:
+                longest[spec.name] = max(longest[spec.name], longest_list(line.shards, spec))
+        files = escape_files(coded, self.plan.n_blocks, longest) if coded else {}
+        for name, data in files.items():
+            write_file(self.store / name, [data])
+        return files
 
     def _lines(self) -> Iterator[JournalLine]:
         """Every block's line, one at a time: together they would grow with the dataset."""
@@ -209,26 +246,26 @@ class StoreWriter:
                     )
 
     def _entries(self, small: Iterable[str]) -> Iterable[Entry]:
+        taps_of = {spec.name: spec.taps for spec in self.specs}
         for line in self._lines():
             for key, shard in line.shards.items():
                 name = f"{FEATURES}/{key}"
                 yield Entry(sha256=shard.sha256, n_bytes=shard.n_bytes, name=name)
                 if len(shard.tap_sha256) > 1:
-                    yield from self._tap_entries(name, key, line, shard)
+                    yield from _tap_entries(name, taps_of[key.rpartition("/c/")[0]], shard)
             yield file_entry(self.store, journal_name(line.block))
         for name in (RECIPE, SAMPLES, REJECTED, *small):
             yield file_entry(self.store, name)
 
-    def _tap_entries(self, name: str, key: str, line: JournalLine, shard: ShardRecord) -> Iterable[Entry]:
-        spec = next(spec for spec in self.specs if spec.shard_key(line.block) == key)
-        n_bytes = len(line.source_sha256) * (spec.chunk_bytes + 4)
-        for tap, digest in zip(spec.taps, shard.tap_sha256, strict=True):
-            yield Entry(sha256=digest, n_bytes=n_bytes, name=f"{name}#{tap}")
+
+def _tap_entries(name: str, taps: Sequence[int], shard: ShardRecord) -> Iterator[Entry]:
+    for tap, n_bytes, digest in zip(taps, shard.tap_bytes, shard.tap_sha256, strict=True):
+        yield Entry(sha256=digest, n_bytes=n_bytes, name=f"{name}#{tap}")
 
 
 def has_other_targets(store: Path, name: str, data: bytes) -> bool:
     """Whether the targets of a complete store are not those of a table, or not those that its manifest says."""
-    known = read_manifest(store)[0].get(targets_name(name))
+    known = read_manifest(store).find(targets_name(name))
     path = store / targets_name(name)
     intact = known is not None and path.exists() and file_entry(store, known.name) == known
     return not intact or not same_targets(path, data)
@@ -239,7 +276,7 @@ def update_targets(store: Path, name: str, data: bytes) -> None:
 
     The table is written before the manifest that names it; a death between the two is mended by the same call.
     """
-    entries, _ = read_manifest(store)
+    entries = read_manifest(store).entries()
     file = targets_name(name)
     write_file(store / file, [data])
     write_manifest(store, {**entries, file: file_entry(store, file)}.values())

@@ -1,0 +1,95 @@
+"""How a store keeps its values, read back from its own metadata: exponents, scales and wide channels."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.codes import Floats, Scaling, Slot
+from coldtap.stores.errors import CorruptStoreError
+from coldtap.stores.manifest import FEATURES
+from coldtap.stores.tiers import Numbers
+
+type Read = Callable[[str], bytes | None]  # the bytes of a file under `features.zarr`, None where there is none
+
+
+def stored_numbers(store: Path, specs: Sequence[ArraySpec]) -> dict[str, Numbers] | None:
+    """How an unfinished store keeps its values; None where its arrays are not all there yet.
+
+    Raises:
+        CorruptStoreError: its metadata is not what the recipe says.
+    """
+
+    def read(name: str) -> bytes | None:
+        path = store / FEATURES / name
+        return path.read_bytes() if path.exists() else None
+
+    # The norm's group is written after every array.
+    if read("norm/zarr.json") is None:
+        return None
+    return {spec.name: read_numbers(read, spec) for spec in specs}
+
+
+def read_numbers(read: Read, spec: ArraySpec) -> Numbers:
+    """How one array keeps its values.
+
+    Raises:
+        CorruptStoreError: a file is missing, or not what the recipe says.
+    """
+    exponents = read_metadata(read, spec.name)["attributes"].get("scale_exponents")
+    if not (isinstance(exponents, list) and len(exponents) == len(spec.taps) and all(map(_is_exponent, exponents))):
+        raise CorruptStoreError(f"{spec.name}: its metadata does not give an exponent a tap")
+    return Numbers(exponents=tuple(exponents), scaling=_scaling(read, spec) if spec.tier == "int8" else None)
+
+
+def _is_exponent(value: object) -> bool:
+    return isinstance(value, int) and 0 <= value < 128
+
+
+def read_metadata(read: Read, name: str) -> dict[str, Any]:
+    """The `zarr.json` of an array or group.
+
+    Raises:
+        CorruptStoreError: it is missing or not of its form.
+    """
+    data = read(f"{name}/zarr.json")
+    try:
+        found = json.loads(data or b"")
+    except ValueError as error:
+        raise CorruptStoreError(f"{FEATURES}/{name}/zarr.json is missing or not JSON ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("attributes"), dict):
+        raise CorruptStoreError(f"{FEATURES}/{name}/zarr.json is not the metadata of a coldtap array")
+    return found
+
+
+def _scaling(read: Read, spec: ArraySpec) -> Scaling:
+    shape = len(spec.taps), spec.geometry.channels
+    scale, offset = (_values(read, f"scales/{spec.name}/{name}", shape) for name in ("scale", "offset"))
+    if not (np.isfinite(scale).all() and np.isfinite(offset).all() and (scale > 0).all()):
+        raise CorruptStoreError(f"scales/{spec.name}: a scale is not a positive number")
+    return Scaling(scale=scale, offset=offset, wide=_wide_slots(read, spec))
+
+
+def _values(read: Read, name: str, shape: tuple[int, ...]) -> Floats:
+    """A small float32 array of one uncompressed chunk."""
+    data = read(f"{name}/c" + "/0" * len(shape))
+    if data is None or len(data) != 4 * np.prod(shape):
+        raise CorruptStoreError(f"{name}: its numbers are missing, or not of shape {shape}")
+    return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
+
+
+def _wide_slots(read: Read, spec: ArraySpec) -> tuple[Slot, ...]:
+    name = f"wide/{spec.name}"
+    if read(f"{name}/zarr.json") is None:
+        return ()
+    try:
+        slots = read_metadata(read, name)["attributes"]["slots"]
+        found = tuple((spec.taps.index(slot["tap"]), int(slot["channel"])) for slot in slots)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptStoreError(f"{name}: its metadata does not give the slots of wide channels") from error
+    if not all(0 <= channel < spec.geometry.channels for _, channel in found) or [*found] != sorted({*found}):
+        raise CorruptStoreError(f"{name}: a slot stands twice, or beyond the array's channels")
+    return found
