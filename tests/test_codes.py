@@ -13,14 +13,12 @@ from coldtap.stores.block import ArrayBuffer
 from coldtap.stores.codes import (
     MAX_CODE,
     ErrorBound,
-    Scaling,
     bound_of,
     choose_scaling,
     encode,
     measure_errors,
     restore_codes,
     robust_moments,
-    wide_values,
 )
 from coldtap.stores.errors import OptionError
 from coldtap.stores.tiers import Numbers
@@ -33,8 +31,6 @@ def restored(values, scaling):
     encoded = encode(values, scaling)
     out = np.empty(values.shape, np.float32)
     restore_codes(encoded.codes, out, scaling)
-    for slot, (place, channel) in enumerate(scaling.wide):
-        out[:, place, :, channel] = wide_values(encoded.wide[:, slot], scaling, (place, channel))
     out[tuple(encoded.escapes.position.T)] = encoded.escapes.value
     return out
 
@@ -73,26 +69,6 @@ def test_every_value_is_within_half_a_step(seed, log_scale, log_offset, snr, log
     require_bound(np.where(np.isfinite(later), later, 0).astype(np.float32), scaling)
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(0, 2**32), st.floats(0.02, 1))
-def test_every_value_of_wide_channels_is_within_half_a_step(seed, share):
-    rng = np.random.default_rng(seed)
-    values = normal((40, 2, 9, 6), seed)
-    massive = rng.random((40, 9)) < share
-    values[:, 1, :, 2] += massive * rng.uniform(100, 3000, (40, 9)).astype(np.float32)
-    scaling = Scaling(**{**fields(choose_scaling(samples_of(values), BOUND)), "wide": ((1, 2),)})
-    require_bound(values, scaling)
-    encoded = encode(values, scaling)
-    assert (encoded.codes[:, 1, :, 2] == 0).all()
-    step = bound_of(scaling)[1, 2] * 2
-    escaped = (encoded.escapes.position[:, 1] == 1) & (encoded.escapes.position[:, 3] == 2)
-    assert not escaped.any() or np.abs(values[:, 1, :, 2]).max() > 16000 * step
-
-
-def fields(scaling):
-    return {"scale": scaling.scale, "offset": scaling.offset, "wide": scaling.wide}
-
-
 def test_the_snr_is_reached_in_every_channel():
     values = normal((400, 1, 16, 24)) * np.logspace(-3, 3, 24, dtype=np.float32)
     scaling = choose_scaling(samples_of(values[:200]), BOUND)
@@ -112,30 +88,19 @@ def test_one_massive_channel_does_not_pay_for_the_others():
     assert snr.min() > 30
 
 
-def test_massive_tokens_do_not_widen_the_steps():
+@pytest.mark.parametrize("tokens", [[7], [0, 7, 8, 30, 49]])
+def test_massive_tokens_do_not_widen_the_steps(tokens):
     values = normal((100, 1, 50, 4))
     usual = choose_scaling(samples_of(values), BOUND).scale
-    values[:, 0, 7, 2] += 1000  # one token in fifty, always the same
+    values[:, 0, tokens, 2] += 1000  # always the same, up to a tenth of them
     scaling = choose_scaling(samples_of(values), BOUND)
     np.testing.assert_allclose(scaling.scale, usual, rtol=0.02)
     require_bound(values, scaling)
-    assert len(encode(values, scaling).escapes.value) == 100
-    assert scaling.wide == ()
-
-
-def test_a_channel_that_is_often_out_of_reach_becomes_wide():
-    values = normal((100, 1, 50, 4))
-    values[:, 0, :10, 2] += 300 * np.random.default_rng(1).standard_normal((100, 10)).astype(np.float32)
-    samples = samples_of(values)
-    _, variance = robust_moments(samples[0])
-    assert variance[2] > 100, "a fifth of the values is no exception but the channel's variance"
-    narrow = Scaling(scale=np.full((1, 4), 0.1, np.float32), offset=np.zeros((1, 4), np.float32), wide=((0, 2),))
-    require_bound(values, narrow)
-    assert len(encode(values, narrow).escapes.value) == 0
+    assert len(encode(values, scaling).escapes.value) == 100 * len(tokens)
 
 
 def test_relu_channels_keep_their_variance():
-    values = np.maximum(normal((200, 1, 40, 3)) - np.array([0, 0.8, 2.5], np.float32), 0)
+    values = np.maximum(normal((200, 1, 40, 3)) - np.array([0, 0.5, 2.5], np.float32), 0)
     _, variance = robust_moments(samples_of(values)[0])
     np.testing.assert_allclose(variance, values.reshape(-1, 3).var(axis=0), rtol=0.1)
     require_bound(values, choose_scaling(samples_of(values), BOUND))
@@ -167,7 +132,7 @@ def test_the_largest_error_is_a_bound_too():
     [
         ({}, "give --snr or --max-error, one of the two"),
         ({"snr_db": 30, "max_error": 0.1}, "give --snr or --max-error, one of the two"),
-        ({"snr_db": 60}, r"--snr 60 needs steps of .* at most --snr 40\.1 or at least --max-error 0\.016"),
+        ({"snr_db": 60}, r"--snr 60 needs steps of .* at most --snr 40\.0 or at least --max-error 0\.016"),
         ({"max_error": 0.001}, r"--max-error 0\.001 needs steps"),
         ({"snr_db": -9}, r"--snr -9 allows steps of .* which keep nothing"),
         ({"max_error": 3}, r"--max-error 3 allows steps"),
@@ -181,9 +146,8 @@ def test_bounds_that_int8_cannot_keep_are_refused(given, message):
         ErrorBound(**given)
 
 
-@pytest.mark.parametrize("wide", [(), ((0, 1), (2, 0), (2, 3))])
-def test_the_device_makes_the_same_codes_bit_for_bit(wide):
-    """torch in the pipeline, numpy in `convert`: codes, wide channels and escapes are equal."""
+def test_the_device_makes_the_same_codes_bit_for_bit():
+    """torch in the pipeline, numpy in `convert`: codes and escapes are equal."""
     geometry = Geometry(grid=(2, 4), prefix_tokens=1, channels=6)
     spec = ArraySpec(gather="layers", geometry=geometry, taps=(0, 4, 9), tier="int8", layout="fast", block_rows=8)
     values = normal((8, 3, 9, 6), 3) * np.logspace(-2, 2, 6, dtype=np.float32)
@@ -191,7 +155,7 @@ def test_the_device_makes_the_same_codes_bit_for_bit(wide):
     values[5, 2, :, 0] *= 1e4
     values[:, 2, 1, 3] *= 1e7
     chosen = choose_scaling(samples_of(normal((50, 3, 9, 6)) * np.logspace(-2, 2, 6, dtype=np.float32)), BOUND)
-    numbers = Numbers(exponents=(0, 0, 0), scaling=Scaling(**{**fields(chosen), "wide": wide}))
+    numbers = Numbers(exponents=(0, 0, 0), scaling=chosen)
     ours, reference = ArrayBuffer(spec, numbers), ArrayBuffer(spec, numbers)
     encoder = BlockEncoder({spec.name: ours}, torch.device("cpu"))
     for rows in ([0, 1, 2], [3, 4, 5, 6, 7]):
@@ -200,8 +164,6 @@ def test_the_device_makes_the_same_codes_bit_for_bit(wide):
             part = Gathered(array=spec.name, tap=tap, position=place, values=torch.from_numpy(values[rows, place]))
             encoder.write(part, rows, {})
     np.testing.assert_array_equal(ours.shard.values, reference.shard.values)
-    if wide:
-        np.testing.assert_array_equal(ours.wide.values, reference.wide.values)
     present = np.ones(8, bool)
     mine, theirs = ours.take_escapes(2, present), reference.take_escapes(2, present)
     assert len(mine.value) > 3

@@ -26,15 +26,15 @@ def features():
     return values
 
 
-def scaling_of(name, wide):
+def scaling_of(name):
     taps = 1 if name == SUM else 4
     scale = np.linspace(0.05, 0.1, taps * 8, dtype=np.float32).reshape(taps, 8)
-    return Scaling(scale=scale, offset=np.linspace(-1, 1, taps * 8, dtype=np.float32).reshape(taps, 8), wide=wide)
+    return Scaling(scale=scale, offset=np.linspace(-1, 1, taps * 8, dtype=np.float32).reshape(taps, 8))
 
 
 @pytest.fixture(params=LAYOUTS)
 def store(request, tmp_path, features):
-    scaling = {LAYERS: scaling_of(LAYERS, ((1, 3), (2, 5))), SUM: scaling_of(SUM, ((0, 5),))}
+    scaling = {LAYERS: scaling_of(LAYERS), SUM: scaling_of(SUM)}
     synthetic_store(
         tmp_path / "s",
         features,
@@ -116,11 +116,6 @@ def test_the_formula_of_the_specification_gives_what_coldtap_reads(store, featur
     assert not (codes[rows] == -128).any()
     scale, offset = (foreign(reader, root / "scales" / name / part) for part in ("scale", "offset"))
     values = offset[:, None] + scale[:, None] * codes.reshape(len(codes), -1, 7, 8).astype(np.float32)
-    wide = foreign(reader, root / "wide" / name)
-    for slot, where in enumerate(zarr.open_array(root / "wide" / name, mode="r").attrs["slots"]):
-        place = array.taps.index(where["tap"])
-        at = place, where["channel"]
-        values[:, place, :, where["channel"]] = offset[at] + scale[at] * wide[:, slot].astype(np.float32)
     values = values.reshape(codes.shape)
     position = foreign(reader, root / "escapes" / name / "position").reshape(-1, codes.ndim)
     value = foreign(reader, root / "escapes" / name / "value").reshape(-1)
@@ -152,7 +147,7 @@ def test_compact_is_smaller_and_reads_the_same(tmp_path, features):
 
 def test_escapes_of_rejected_rows_are_not_kept(tmp_path, features):
     features[3] = 6e4
-    scaling = {LAYERS: scaling_of(LAYERS, ()), SUM: scaling_of(SUM, ())}
+    scaling = {LAYERS: scaling_of(LAYERS), SUM: scaling_of(SUM)}
     synthetic_store(tmp_path / "s", features, TARGETS, SPLITS, tier="int8", scaling=scaling, block_rows=4, rejected=[3])
     value = zarr.open_array(tmp_path / "s/features.zarr/escapes" / LAYERS / "value", mode="r")[:]
     assert len(value) > 0

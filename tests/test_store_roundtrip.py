@@ -10,7 +10,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from coldtap.stores import open_store
-from coldtap.stores.arrays import Geometry, choose_block_rows, shard_shape
+from coldtap.stores.arrays import Geometry, choose_block_rows
 from coldtap.stores.errors import IncompleteStoreError, MissingFeaturesError, StoreError
 from coldtap.stores.shards import ShardBuffer
 from tests.synthetic import GEOMETRY, encode, gathered, synthetic_store
@@ -101,8 +101,8 @@ def test_shard_bytes_are_those_that_zarr_writes_in_lexicographic_order(tmp_path,
     sealed = buffer.seal(np.ones(4, bool))
     theirs = zarr.create_array(
         tmp_path / "z",
-        shape=shard_shape(spec),
-        chunks=shard_shape(spec),
+        shape=spec.shard_shape,
+        chunks=spec.shard_shape,
         dtype=spec.dtype,
         serializer=ShardingCodec(
             chunk_shape=spec.chunk_shape,

@@ -15,7 +15,6 @@ from rich.table import Table
 from coldtap.adaptors.run_folder import RunInfo, read_run
 from coldtap.cli.sizes import show_bytes
 from coldtap.stores.array_reader import StoredArray
-from coldtap.stores.arrays import chunk_bytes
 from coldtap.stores.store import Store
 
 SLICE = 256  # images that are enough for a rate
@@ -105,4 +104,4 @@ def _cells(info: RunInfo, store: Store, backbone_epoch_s: float) -> list[str]:
 
 def bytes_read(array: StoredArray, taps: tuple[int, ...]) -> int:
     """Bytes of a store's chunks that one sample of some taps takes; `sum` and `pooled` keep a row in one chunk."""
-    return chunk_bytes(array.spec) * (len(taps) if array.gather == "layers" else 1)
+    return array.spec.chunk_bytes * (len(taps) if array.gather == "layers" else 1)

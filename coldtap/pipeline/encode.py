@@ -10,7 +10,7 @@ from torch import Tensor
 
 from coldtap.pipeline.gather import Gathered
 from coldtap.stores.block import ArrayBuffer, BlockBuffers
-from coldtap.stores.codes import MAX_CODE, MAX_WIDE_CODE, Escapes
+from coldtap.stores.codes import MAX_CODE, Escapes
 from coldtap.stores.tiers import FLOAT16_MAX
 
 
@@ -106,11 +106,7 @@ class _CodeEncoder:
         assert scaling is not None
         self._scale, self._offset = (torch.from_numpy(v).to(device) for v in (scaling.scale, scaling.offset))
         self._codes = _by_tap(buffer.shard.values)
-        self._wide = None if buffer.wide is None else torch.from_numpy(buffer.wide.values)
         self._escapes = buffer.escapes
-        self._slots: dict[int, list[tuple[int, int]]] = {}
-        for slot, (place, channel) in enumerate(scaling.wide):
-            self._slots.setdefault(place, []).append((slot, channel))
 
     def limit(self, place: int) -> float:
         """Every finite value can be kept."""
@@ -120,26 +116,11 @@ class _CodeEncoder:
         """Keep the values (batch, token, channel) of one tap."""
         values = values.float()
         steps = (values - self._offset[place]).div_(self._scale[place]).round_()
-        if slots := self._slots.get(place):
-            self._write_wide(values, steps, slots, place, rows)
         # One look at the extremes is cheaper than a mask, and most batches have no escape.
         if float(steps.amax()) > MAX_CODE or float(steps.amin()) < -MAX_CODE:
             self._escape(values, steps.abs() > MAX_CODE, place, rows)
             steps.clamp_(-MAX_CODE, MAX_CODE)
         self._codes[rows[0] : rows[-1] + 1, place].copy_(steps.to(torch.int8))
-
-    def _write_wide(
-        self, values: Tensor, steps: Tensor, slots: list[tuple[int, int]], place: int, rows: Sequence[int]
-    ) -> None:
-        assert self._wide is not None
-        channels = [channel for _, channel in slots]
-        wide = steps[:, :, channels]
-        beyond = torch.zeros_like(steps, dtype=torch.bool)
-        beyond[:, :, channels] = wide.abs() > MAX_WIDE_CODE
-        self._escape(values, beyond, place, rows)
-        kept = wide.clamp(-MAX_WIDE_CODE, MAX_WIDE_CODE).to(torch.int16).transpose(1, 2)
-        self._wide[rows[0] : rows[-1] + 1, [slot for slot, _ in slots]] = kept.cpu()
-        steps[:, :, channels] = 0
 
     def _escape(self, values: Tensor, beyond: Tensor, place: int, rows: Sequence[int]) -> None:
         image, token, channel = beyond.nonzero().T.cpu().numpy()

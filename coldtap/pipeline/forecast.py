@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldtap.stores.arrays import ArraySpec, bytes_per_row
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import CRC_BYTES
 from coldtap.stores.errors import MachineError
 from coldtap.stores.rows import RowPlan
@@ -46,7 +46,7 @@ def forecast(
     """
     n_rows = sum(len(plan.block(block)) for block in blocks)
     per_row = BYTES_PER_ROW_BESIDE + sum(
-        compressed.get(spec.name, 1) * bytes_per_row(spec) + spec.chunks_per_row * CRC_BYTES for spec in specs
+        compressed.get(spec.name, 1) * spec.bytes_per_row + spec.chunks_per_row * CRC_BYTES for spec in specs
     )
     per_block = sum(spec.block_rows * spec.chunks_per_row * ENTRY_BYTES + CRC_BYTES for spec in specs)
     return Forecast(

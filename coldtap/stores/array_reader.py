@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, Gather, Geometry, WideSpec, bytes_per_row, chunk_bytes
-from coldtap.stores.codes import Scaling, scaling_of_taps, wide_values
+from coldtap.stores.arrays import ArraySpec, Gather, Geometry
+from coldtap.stores.codes import Scaling, scaling_of_taps
 from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError
 from coldtap.stores.escapes import EscapeReader
 from coldtap.stores.shard_files import ShardFile, ShardFiles
@@ -56,8 +56,6 @@ class StoredArray:
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
         self._files, self._threads = files, threads
         self._escapes = EscapeReader(spec, read) if spec.tier == "int8" else None
-        scaling = numbers.scaling
-        self._wide = WideSpec(of=spec, slots=scaling.wide) if scaling and scaling.wide else None
 
     @property
     def name(self) -> str:
@@ -87,7 +85,7 @@ class StoredArray:
     @property
     def bytes_per_row(self) -> int:
         """Bytes of a row's stored numbers, before compression."""
-        return bytes_per_row(self.spec)
+        return self.spec.bytes_per_row
 
     def exponents_of(self, taps: Sequence[int] | None = None) -> tuple[int, ...]:
         """E of each tap: a stored float16 is value / 2^e; zeros in other tiers."""
@@ -229,33 +227,18 @@ class StoredArray:
         elif len(places) == len(self.taps) and places == [*range(len(places))]:
             shard.read_row(row, [0], memoryview(out).cast("B"))
         else:
-            whole = np.empty(chunk_bytes(self.spec), np.uint8)
+            whole = np.empty(self.spec.chunk_bytes, np.uint8)
             shard.read_row(row, [0], memoryview(whole))
             out[:] = whole.view(self.spec.dtype).reshape(-1, *self.row_shape[-2:])[places]
 
     def _exceptions(self, wanted: Rows, places: list[int]) -> Exceptions:
-        parts = [*self._wide_values(wanted, places), *self._escaped(wanted, places)] if self._escapes else []
+        parts = [*self._escaped(wanted, places)] if self._escapes else []
         if not parts:
             return Exceptions(position=np.empty(0, np.int64), value=np.empty(0, np.float32))
         return Exceptions(
             position=np.concatenate([position for position, _ in parts]),
             value=np.concatenate([value for _, value in parts]),
         )
-
-    def _wide_values(self, wanted: Rows, places: list[int]) -> Iterator[tuple[Rows, np.ndarray[Any, Any]]]:
-        scaling = self.numbers.scaling
-        if self._wide is None or scaling is None or not {place for place, _ in self._wide.slots} & {*places}:
-            return
-        tokens, channels = self.geometry.tokens, self.geometry.channels
-        codes = np.empty((len(wanted), len(self._wide.slots), tokens), self._wide.dtype)
-        blocks, rows = np.divmod(wanted, self.spec.block_rows)
-        for at, (block, row) in enumerate(zip(blocks.tolist(), rows.tolist(), strict=True)):
-            self._files.open(self._wide, block).read_row(row, [0], memoryview(codes[at]).cast("B"))
-        for slot, (place, channel) in enumerate(self._wide.slots):
-            for new in (new for new, old in enumerate(places) if old == place):
-                first = (np.arange(len(wanted)) * len(places) + new) * tokens * channels + channel
-                position = first[:, None] + np.arange(tokens) * channels
-                yield position.reshape(-1), wide_values(codes[:, slot], scaling, (place, channel)).reshape(-1)
 
     def _escaped(self, wanted: Rows, places: list[int]) -> Iterator[tuple[Rows, np.ndarray[Any, Any]]]:
         assert self._escapes is not None

@@ -7,7 +7,7 @@ gather says how taps become stored tensors. All arrays of a store are cut at the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -55,62 +55,6 @@ class Geometry:
         return cls(**{**record, "grid": tuple(record["grid"])})
 
 
-class RowArray(Protocol):
-    """An array of rows, cut into one shard a block and into chunks of one row each."""
-
-    @property
-    def name(self) -> str:
-        """The array's path in `features.zarr`."""
-
-    @property
-    def dimensions(self) -> tuple[str, ...]:
-        """Axis names."""
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row."""
-
-    @property
-    def chunks_per_row(self) -> int:
-        """Chunks of one row."""
-
-    @property
-    def chunk_shape(self) -> tuple[int, ...]:
-        """Shape of one chunk."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The stored dtype."""
-
-    @property
-    def layout(self) -> Layout:
-        """Whether chunks are compressed."""
-
-    @property
-    def block_rows(self) -> int:
-        """S, the rows of a shard."""
-
-
-def shard_shape(array: RowArray) -> tuple[int, ...]:
-    """Shape of one shard: the rows of one block."""
-    return (array.block_rows, *array.row_shape)
-
-
-def chunk_bytes(array: RowArray) -> int:
-    """Bytes of a chunk's values, before compression and without its checksum."""
-    return prod(array.chunk_shape) * array.dtype.itemsize
-
-
-def bytes_per_row(array: RowArray) -> int:
-    """Bytes of a row's values, before compression and without checksums and index."""
-    return prod(array.row_shape) * array.dtype.itemsize
-
-
-def shard_key(array: RowArray, block: int) -> str:
-    """A shard's path in `features.zarr` (Zarr v3, default chunk key encoding)."""
-    return f"{array.name}/c/{block}" + "/0" * len(array.row_shape)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArraySpec:
     """One array of a store: which taps of which geometry, gathered how, kept in which tier and layout."""
@@ -153,60 +97,28 @@ class ArraySpec:
         return (1, 1, *self.row_shape[1:]) if self.gather == "layers" else (1, *self.row_shape)
 
     @property
+    def shard_shape(self) -> tuple[int, ...]:
+        """Shape of one shard: the rows of one block."""
+        return (self.block_rows, *self.row_shape)
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """The stored dtype; bfloat16 is kept as its bits in uint16 (zarr 3.4 has no bfloat16)."""
         return np.dtype(STORED_DTYPE[self.tier])
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WideSpec:
-    """The channels of an int8 array that are kept as int16 codes.
-
-    `slots` are (place along the array's tap axis, channel), ascending.
-    """
-
-    of: ArraySpec
-    slots: tuple[tuple[int, int], ...]
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk's values, before compression and without its checksum."""
+        return prod(self.chunk_shape) * self.dtype.itemsize
 
     @property
-    def name(self) -> str:
-        """The array's path in `features.zarr`."""
-        return f"wide/{self.of.name}"
+    def bytes_per_row(self) -> int:
+        """Bytes of a row's values, before compression and without checksums and index."""
+        return prod(self.row_shape) * self.dtype.itemsize
 
-    @property
-    def dimensions(self) -> tuple[str, ...]:
-        """Axis names."""
-        return ("row", "slot", "token")
-
-    @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: (slot, token)."""
-        return (len(self.slots), self.of.geometry.tokens)
-
-    @property
-    def chunks_per_row(self) -> int:
-        """A row is one chunk."""
-        return 1
-
-    @property
-    def chunk_shape(self) -> tuple[int, ...]:
-        """Shape of one chunk."""
-        return (1, *self.row_shape)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The codes' dtype."""
-        return np.dtype("<i2")
-
-    @property
-    def layout(self) -> Layout:
-        """That of the array."""
-        return self.of.layout
-
-    @property
-    def block_rows(self) -> int:
-        """That of the array."""
-        return self.of.block_rows
+    def shard_key(self, block: int) -> str:
+        """The shard's path in `features.zarr` (Zarr v3, default chunk key encoding)."""
+        return f"{self.name}/c/{block}" + "/0" * len(self.row_shape)
 
 
 def choose_block_rows(bytes_per_row: int) -> int:
@@ -255,7 +167,7 @@ def plan_arrays(
             for geometry, taps in _arrays_of(gather, gathers[gather], geometries)
         )
 
-    return specs(choose_block_rows(sum(bytes_per_row(spec) for spec in specs(1))))
+    return specs(choose_block_rows(sum(spec.bytes_per_row for spec in specs(1))))
 
 
 def _arrays_of(

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, WideSpec
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.codes import Escapes, Floats, encode
 from coldtap.stores.shards import Mask, ShardBuffer
 from coldtap.stores.tiers import Numbers, to_float
@@ -17,15 +17,12 @@ class ArrayBuffer:
         spec: the array.
         numbers: how its values are kept.
         shard: stored numbers (row, tap, token, channel), or (row, token, channel).
-        wide: int16 codes (row, slot, token); None where no channel is wide.
-        escapes: what neither holds; rows are counted within the block.
+        escapes: what codes do not hold; rows are counted within the block.
     """
 
     def __init__(self, spec: ArraySpec, numbers: Numbers) -> None:
         self.spec, self.numbers = spec, numbers
         self.shard = ShardBuffer(spec)
-        slots = numbers.scaling.wide if numbers.scaling else ()
-        self.wide = ShardBuffer(WideSpec(of=spec, slots=slots)) if slots else None
         self.escapes: list[Escapes] = []
 
     def put(self, values: Floats, rows: Sequence[int]) -> None:
@@ -43,8 +40,6 @@ class ArrayBuffer:
         assert self.numbers.scaling is not None
         encoded = encode(values, self.numbers.scaling)
         stored[:] = encoded.codes.reshape(stored.shape)
-        if self.wide is not None:
-            self.wide.values[part] = encoded.wide
         position = encoded.escapes.position + np.array([rows[0], 0, 0, 0], np.uint32)
         self.escapes.append(Escapes(position=position, value=encoded.escapes.value))
 

@@ -2,12 +2,11 @@
 
 A channel's step follows from its variance and the bound that the user states: a uniform quantiser of step s has the
 mean squared error s² / 12 (Bennett 1948), so step² / 12 = variance / SNR. The stored scale is a little smaller than
-the step: rounding and float32 arithmetic together then stay within step / 2 of every single value. What int8 does not
-reach is kept beside the codes: single values as they are (`escapes`), channels that are often out of reach as int16
-codes of the same scale and offset (`wide`).
+the step: rounding and float32 arithmetic together then stay within step / 2 of every single value. Values that int8
+does not reach are kept beside the codes as they are (`escapes`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any
@@ -18,27 +17,24 @@ from coldtap.stores.errors import OptionError
 
 type Array = np.ndarray[Any, Any]
 type Floats = np.ndarray[Any, np.dtype[np.float32]]
-type Slot = tuple[int, int]  # (place along the tap axis, channel)
 
 MAX_CODE = 127
-MAX_WIDE_CODE = 2**14 - 1
 ABSENT_CODE = -128  # the fill value of an absent row; no value has it
 
 DEFAULT_SNR_DB = 30.0
-SNR_MARGIN_DB = 0.7  # what the worst channel loses from calibration rows to others (docs/log.md)
+SNR_MARGIN_DB = 0.8  # what the worst channel loses from calibration rows to others (docs/log.md)
 
 # ±127 steps must reach four standard deviations, or ordinary values would need escapes; and a step of four
 # standard deviations says nothing about a value any more.
 FINEST_STEP, COARSEST_STEP = 4 / MAX_CODE, 4.0
 
-# scale = step · (1 − 2^−6) leaves step / 128 for float32's rounding (u = 2^−24) in x − offset, in the division, in
-# scale · code and in the sum: at most 2^14 · u steps each, and 2^14 · u more for an offset of 2^14 steps.
-SCALE_OF_STEP = 1 - 2.0**-6
+# scale = step · (1 − 2^−8) leaves step / 512 for float32's rounding (u = 2^−24) in x − offset, in the division, in
+# scale · code and in the sum: at most 2^7 · u steps each, and 2^14 · u more for an offset of 2^14 steps.
+SCALE_OF_STEP = 1 - 2.0**-8
 FINEST_STEP_OF_OFFSET = 2.0**-14
 
-TRIM = 0.05  # share of values left out at each end before the fence is set: massive tokens are fewer
-FENCE = 25.0  # in trimmed standard deviations from the median: what lies beyond does not count as variance
-WIDE_RATE = 1 / 8  # share of a channel's calibration values out of reach from which int16 is cheaper than escapes
+TRIM = 1 / 8  # share of values left out at each end before the fence is set: massive tokens are fewer
+FENCE = 32.0  # in trimmed standard deviations from the median: what lies beyond does not count as variance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +84,6 @@ class ErrorBound:
             **stated,
             "trim": TRIM,
             "fence": FENCE,
-            "wide_rate": WIDE_RATE,
         }
 
 
@@ -102,12 +97,10 @@ class Scaling:
 
     Attributes:
         scale, offset: (tap, channel) float32; an array without a tap axis (`sum`) has one tap here.
-        wide: (place along the tap axis, channel) of each channel kept as int16, ascending.
     """
 
     scale: Floats
     offset: Floats
-    wide: tuple[Slot, ...] = ()
 
 
 def robust_moments(samples: Array) -> tuple[Array, Array]:
@@ -144,8 +137,8 @@ def choose_scaling(samples: Array, bound: ErrorBound) -> Scaling:
         samples: (tap, value, channel) finite.
         bound: what the user states.
     """
-    scale, offset, wide = [], [], []
-    for place, values in enumerate(samples):
+    scale, offset = [], []
+    for values in samples:
         mean, variance = robust_moments(values)
         step = bound.step_of_deviation * np.sqrt(variance)
         usual = np.median(step[step > 0]) if (step > 0).any() else 1.0
@@ -153,9 +146,7 @@ def choose_scaling(samples: Array, bound: ErrorBound) -> Scaling:
         step = np.maximum(step, FINEST_STEP_OF_OFFSET * np.abs(mean))
         offset.append(mean.astype(np.float32))
         scale.append((SCALE_OF_STEP * step).astype(np.float32))
-        beyond = (np.abs(np.rint((values - offset[-1]) / scale[-1])) > MAX_CODE).mean(axis=0)
-        wide += [(place, int(channel)) for channel in np.flatnonzero(beyond > WIDE_RATE)]
-    return Scaling(scale=np.stack(scale), offset=np.stack(offset), wide=tuple(wide))
+    return Scaling(scale=np.stack(scale), offset=np.stack(offset))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,13 +167,11 @@ class Encoded:
     """Values of some rows as codes.
 
     Attributes:
-        codes: (row, tap, token, channel) int8; 0 in wide channels, ±127 where a value escapes.
-        wide: (row, slot, token) int16; None without wide channels.
-        escapes: values that neither holds; their rows are those of `codes`.
+        codes: (row, tap, token, channel) int8; ±127 where a value escapes.
+        escapes: values that the codes do not hold; their rows are those of `codes`.
     """
 
     codes: np.ndarray[Any, np.dtype[np.int8]]
-    wide: np.ndarray[Any, np.dtype[np.int16]] | None
     escapes: Escapes
 
 
@@ -194,22 +183,13 @@ def encode(values: Floats, scaling: Scaling) -> Encoded:
         scaling: of the array.
     """
     steps = np.rint((values - scaling.offset[:, None]) / scaling.scale[:, None])
-    reach = np.full(scaling.scale.shape, MAX_CODE, np.float32)
-    wide = None
-    if scaling.wide:
-        places, channels = map(list, zip(*scaling.wide, strict=True))
-        reach[places, channels] = MAX_WIDE_CODE
-        wide = np.clip(steps[:, places, :, channels], -MAX_WIDE_CODE, MAX_WIDE_CODE).astype(np.int16)
-        wide = np.ascontiguousarray(wide.transpose(1, 0, 2))  # indexing two axes put the slots first
-    position = np.argwhere(np.abs(steps) > reach[:, None]).astype(np.uint32)
-    escaped = Escapes(position=position, value=values[tuple(position.T)])
-    if scaling.wide:
-        steps[:, places, :, channels] = 0
-    return Encoded(codes=np.clip(steps, -MAX_CODE, MAX_CODE).astype(np.int8), wide=wide, escapes=escaped)
+    position = np.argwhere(np.abs(steps) > MAX_CODE).astype(np.uint32)
+    escapes = Escapes(position=position, value=values[tuple(position.T)])
+    return Encoded(codes=np.clip(steps, -MAX_CODE, MAX_CODE).astype(np.int8), escapes=escapes)
 
 
 def restore_codes(codes: Array, out: Floats, scaling: Scaling) -> None:
-    """Writes offset + scale · code in float32; wide channels and escapes are put in by the caller.
+    """Writes offset + scale · code in float32; escapes are put in by the caller.
 
     Args:
         codes: (row, tap, token, channel) int8.
@@ -238,9 +218,6 @@ def measure_errors(values: Floats, scaling: Scaling, *, prefix_tokens: int) -> l
     encoded = encode(values, scaling)
     restored = np.empty(values.shape, np.float32)
     restore_codes(encoded.codes, restored, scaling)
-    if encoded.wide is not None:
-        for slot, (place, channel) in enumerate(scaling.wide):
-            restored[:, place, :, channel] = wide_values(encoded.wide[:, slot], scaling, (place, channel))
     restored[tuple(encoded.escapes.position.T)] = encoded.escapes.value
     found = []
     for place in range(values.shape[1]):
@@ -254,7 +231,6 @@ def measure_errors(values: Floats, scaling: Scaling, *, prefix_tokens: int) -> l
         escaped = encoded.escapes.position[:, 1] == place
         about["largest_error_of_step"] = float((np.abs(error) / (2 * bound_of(scaling)[place])).max())
         about["escaped"] = float(escaped.sum() / error.size)
-        about["wide_channels"] = [channel for at, channel in scaling.wide if at == place]
         found.append(about)
     return found
 
@@ -273,16 +249,9 @@ def _worst(error: Array, variance: Array) -> dict[str, Any]:
     }
 
 
-def wide_values(codes: Array, scaling: Scaling, slot: Slot) -> Floats:
-    """The float32 values of a wide channel's int16 codes."""
-    values: Floats = codes.astype(np.float32) * scaling.scale[slot] + scaling.offset[slot]
-    return values
-
-
-def scaling_of_taps(scaling: Scaling, places: list[int]) -> Scaling:
-    """The scaling of some taps, in the order given; wide slots are numbered by the new places."""
-    wide = tuple((new, channel) for new, old in enumerate(places) for place, channel in scaling.wide if place == old)
-    return Scaling(scale=scaling.scale[places], offset=scaling.offset[places], wide=wide)
+def scaling_of_taps(scaling: Scaling, places: Sequence[int]) -> Scaling:
+    """The scaling of some taps, in the order given."""
+    return Scaling(scale=scaling.scale[[*places]], offset=scaling.offset[[*places]])
 
 
 def describe_bound(scales: Mapping[str, Any]) -> str:

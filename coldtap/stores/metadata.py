@@ -5,7 +5,6 @@ zarr-python decides every byte of each `zarr.json`; coldtap adds attributes. All
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import zarr
@@ -14,7 +13,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from coldtap.stores.arrays import ArraySpec, RowArray, WideSpec, shard_shape
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import ZSTD_LEVEL
 from coldtap.stores.codes import ABSENT_CODE, SCALE_OF_STEP, Floats, Scaling
 from coldtap.stores.escapes import create_escape_arrays
@@ -39,8 +38,6 @@ def static_files(
         _create_array(root, spec, n_rows, numbers[spec.name])
         if scaling := numbers[spec.name].scaling:
             _create_scales(root, spec, scaling)
-            if scaling.wide:
-                _create_wide(root, WideSpec(of=spec, slots=scaling.wide), n_rows)
     _create_norm(root, norm)
     return _files_of(memory)
 
@@ -93,41 +90,30 @@ FILL: Mapping[str, float | int] = {
 
 
 def _create_array(root: zarr.Group, spec: ArraySpec, n_rows: int, numbers: Numbers) -> None:
-    attributes: dict[str, Any] = {
-        "gather": spec.gather,
-        "taps": list(spec.taps),
-        "tier": spec.tier,
-        "layout": spec.layout,
-        "block_rows": spec.block_rows,
-        "scale_exponents": list(numbers.exponents),
-        **spec.geometry.to_dict(),
-    }
-    _create_rows(root, spec, n_rows, FILL[spec.tier], attributes)
-
-
-def _create_wide(root: zarr.Group, spec: WideSpec, n_rows: int) -> None:
-    _require_groups(root, spec.name)
-    slots = [{"tap": spec.of.taps[place], "channel": channel} for place, channel in spec.slots]
-    _create_rows(root, spec, n_rows, -(2**15), {"of": spec.of.name, "slots": slots})
-
-
-def _create_rows(root: zarr.Group, array: RowArray, n_rows: int, fill: float | int, attributes: dict[str, Any]) -> None:
-    compressed = [ZstdCodec(level=ZSTD_LEVEL)] if array.layout == "compact" else []
+    compressed = [ZstdCodec(level=ZSTD_LEVEL)] if spec.layout == "compact" else []
     root.create_array(
-        array.name,
-        shape=(n_rows, *array.row_shape),
-        chunks=shard_shape(array),
-        dtype=array.dtype,
+        spec.name,
+        shape=(n_rows, *spec.row_shape),
+        chunks=spec.shard_shape,
+        dtype=spec.dtype,
         serializer=ShardingCodec(
-            chunk_shape=array.chunk_shape,
+            chunk_shape=spec.chunk_shape,
             codecs=[BytesCodec(endian="little"), *compressed, Crc32cCodec()],
             subchunk_write_order="lexicographic",
         ),
         compressors=None,
         filters=None,
-        fill_value=fill,
-        dimension_names=array.dimensions,
-        attributes=attributes,
+        fill_value=FILL[spec.tier],
+        dimension_names=spec.dimensions,
+        attributes={
+            "gather": spec.gather,
+            "taps": list(spec.taps),
+            "tier": spec.tier,
+            "layout": spec.layout,
+            "block_rows": spec.block_rows,
+            "scale_exponents": list(numbers.exponents),
+            **spec.geometry.to_dict(),
+        },
     )
 
 

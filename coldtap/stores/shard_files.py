@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, RowArray, chunk_bytes, shard_key
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import CRC_BYTES, checksum, decompress, largest_frame
 from coldtap.stores.errors import CorruptStoreError
 from coldtap.stores.shards import ABSENT, ENTRY_BYTES
@@ -53,15 +53,15 @@ class ShardFile:
     `where` of an error names the file, the row of the array and the tap.
     """
 
-    def __init__(self, path: Path, array: RowArray, first_row: int, index: ShardIndex | None = None) -> None:
+    def __init__(self, path: Path, spec: ArraySpec, first_row: int, index: ShardIndex | None = None) -> None:
         """Open a shard, and parse its index unless it is known.
 
         Raises:
             CorruptStoreError: the file is missing, too short or of another size than before, or its index is damaged
                 or points outside.
         """
-        self.path, self.array, self.first_row = path, array, first_row
-        self._n_values = chunk_bytes(array)
+        self.path, self.spec, self.first_row = path, spec, first_row
+        self._n_values = spec.chunk_bytes
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -73,14 +73,14 @@ class ShardFile:
         self.index = index or self._read_index(n_bytes)
 
     def _read_index(self, n_bytes: int) -> ShardIndex:
-        array = self.array
-        n_index = array.block_rows * array.chunks_per_row * ENTRY_BYTES + CRC_BYTES
+        spec = self.spec
+        n_index = spec.block_rows * spec.chunks_per_row * ENTRY_BYTES + CRC_BYTES
         if n_bytes < n_index:
             raise CorruptStoreError(f"{self.path}: {n_bytes} bytes, shorter than its index of {n_index}")
         data = os.pread(self._descriptor, n_index, n_bytes - n_index)
         if checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
             raise CorruptStoreError(f"{self.path}: the checksum of the shard's index does not hold (truncated?)")
-        entries = np.frombuffer(data[:-CRC_BYTES], "<u8").reshape(array.block_rows, array.chunks_per_row, 2)
+        entries = np.frombuffer(data[:-CRC_BYTES], "<u8").reshape(spec.block_rows, spec.chunks_per_row, 2)
         there = entries[(entries != ABSENT).any(axis=2)]
         shortest, longest = self._chunk_lengths()
         lengths = there[:, 1]
@@ -92,7 +92,7 @@ class ShardFile:
 
     def _chunk_lengths(self) -> tuple[int, int]:
         """The shortest and the longest that a stored chunk can be."""
-        if self.array.layout == "fast":
+        if self.spec.layout == "fast":
             return self._n_values + CRC_BYTES, self._n_values + CRC_BYTES
         return 1 + CRC_BYTES, largest_frame(self._n_values) + CRC_BYTES
 
@@ -126,7 +126,7 @@ class ShardFile:
             end = start + len(run) * self._n_values
             if offsets[run[0]] < 0:
                 raise CorruptStoreError(f"{self._where(row, run[0])}: there is no chunk")
-            if self.array.layout == "fast":
+            if self.spec.layout == "fast":
                 self._read_values(row, run, int(offsets[run[0]]), out[start:end])
             else:
                 self._read_frames(row, run, int(offsets[run[0]]), lengths[run].tolist(), out[start:end])
@@ -164,9 +164,8 @@ class ShardFile:
         self.index.checked[row, chunk] = True
 
     def _where(self, row: int, chunk: int) -> str:
-        array = self.array
-        tap = f", tap {array.taps[chunk]}" if isinstance(array, ArraySpec) and array.gather == "layers" else ""
-        return f"{self.path}: row {self.first_row + row}{tap} of {array.name}"
+        tap = f", tap {self.spec.taps[chunk]}" if self.spec.gather == "layers" else ""
+        return f"{self.path}: row {self.first_row + row}{tap} of {self.spec.name}"
 
     def will_need(self, rows: np.ndarray[Any, np.dtype[np.int64]], chunks: Sequence[int]) -> None:
         """Tell the kernel which bytes come next, so that it reads them at once and not row by row."""
@@ -209,18 +208,18 @@ class ShardFiles:
         self._index_bytes = 0
         self._turn = threading.Lock()
 
-    def open(self, array: RowArray, block: int) -> ShardFile:
+    def open(self, spec: ArraySpec, block: int) -> ShardFile:
         """The open shard of a block.
 
         Raises:
             CorruptStoreError: the file is missing or its index is damaged.
         """
-        key = array.name, block
+        key = spec.name, block
         with self._turn:
             file = self._files.pop(key, None)
             if file is None:
-                path = self._features / shard_key(array, block)
-                file = ShardFile(path, array, block * array.block_rows, self._indexes.get(key))
+                path = self._features / spec.shard_key(block)
+                file = ShardFile(path, spec, block * spec.block_rows, self._indexes.get(key))
                 self._remember(key, file.index)
             self._files[key] = file
             if len(self._files) > MAX_OPEN_FILES:

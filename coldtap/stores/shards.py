@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import RowArray, chunk_bytes, shard_shape
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import CRC_BYTES, checksum, compress
 
 ENTRY_BYTES = 16
@@ -41,14 +41,13 @@ class SealedShard:
 class ShardBuffer:
     """A shard in the making; in layout `fast` values are written straight to where they will lie in the file."""
 
-    def __init__(self, array: RowArray) -> None:
+    def __init__(self, spec: ArraySpec) -> None:
         """Allocate room for the rows of one block."""
-        self.array = array
-        n_bytes = chunk_bytes(array)
-        gap = CRC_BYTES if array.layout == "fast" else 0
-        self._raw = np.empty((array.block_rows, array.chunks_per_row, n_bytes + gap), np.uint8)
-        values = self._raw[..., :n_bytes].view(array.dtype)
-        self.values: np.ndarray[Any, Any] = values.reshape(shard_shape(array), copy=False)
+        self.spec = spec
+        gap = CRC_BYTES if spec.layout == "fast" else 0
+        self._raw = np.empty((spec.block_rows, spec.chunks_per_row, spec.chunk_bytes + gap), np.uint8)
+        values = self._raw[..., : spec.chunk_bytes].view(spec.dtype)
+        self.values: np.ndarray[Any, Any] = values.reshape(spec.shard_shape, copy=False)
 
     def seal(self, present: Mask) -> SealedShard:
         """Compress, add checksums and the index; rows that are not present get no chunk.
@@ -57,7 +56,7 @@ class ShardBuffer:
             present: (row,), true where a row was written.
         """
         raw = self._raw if present.all() else self._raw[present]
-        if self.array.layout == "fast":
+        if self.spec.layout == "fast":
             data, lengths, taps = _checked(raw)
         else:
             data, lengths, taps = _compressed(raw)

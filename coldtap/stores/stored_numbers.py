@@ -1,4 +1,4 @@
-"""How a store keeps its values, read back from its own metadata: exponents, scales and wide channels."""
+"""How a store keeps its values, read back from its own metadata: exponents and scales."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.codes import Floats, Scaling, Slot
+from coldtap.stores.codes import Floats, Scaling
 from coldtap.stores.errors import CorruptStoreError
 from coldtap.stores.manifest import FEATURES
 from coldtap.stores.tiers import Numbers
@@ -70,7 +70,7 @@ def _scaling(read: Read, spec: ArraySpec) -> Scaling:
     scale, offset = (_values(read, f"scales/{spec.name}/{name}", shape) for name in ("scale", "offset"))
     if not (np.isfinite(scale).all() and np.isfinite(offset).all() and (scale > 0).all()):
         raise CorruptStoreError(f"scales/{spec.name}: a scale is not a positive number")
-    return Scaling(scale=scale, offset=offset, wide=_wide_slots(read, spec))
+    return Scaling(scale=scale, offset=offset)
 
 
 def _values(read: Read, name: str, shape: tuple[int, ...]) -> Floats:
@@ -79,17 +79,3 @@ def _values(read: Read, name: str, shape: tuple[int, ...]) -> Floats:
     if data is None or len(data) != 4 * np.prod(shape):
         raise CorruptStoreError(f"{name}: its numbers are missing, or not of shape {shape}")
     return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)
-
-
-def _wide_slots(read: Read, spec: ArraySpec) -> tuple[Slot, ...]:
-    name = f"wide/{spec.name}"
-    if read(f"{name}/zarr.json") is None:
-        return ()
-    try:
-        slots = read_metadata(read, name)["attributes"]["slots"]
-        found = tuple((spec.taps.index(slot["tap"]), int(slot["channel"])) for slot in slots)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptStoreError(f"{name}: its metadata does not give the slots of wide channels") from error
-    if not all(0 <= channel < spec.geometry.channels for _, channel in found) or [*found] != sorted({*found}):
-        raise CorruptStoreError(f"{name}: a slot stands twice, or beyond the array's channels")
-    return found

@@ -33,7 +33,7 @@ class Numbers:
 def restore(
     stored: np.ndarray[Any, Any], out: np.ndarray[Any, np.dtype[np.float32]], tier: Tier, numbers: Numbers
 ) -> None:
-    """Write the float32 values of stored numbers into `out`; what `wide` and `escapes` hold is not put in.
+    """Write the float32 values of stored numbers into `out`; escapes are not put in.
 
     Args:
         stored: (row, tap, token, channel) in the tier's dtype.

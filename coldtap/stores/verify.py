@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, RowArray, WideSpec, shard_key
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import CRC_BYTES, checksum
 from coldtap.stores.errors import CorruptStoreError, StoreError
 from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
@@ -79,7 +79,7 @@ def verify_store(
         opened = Store(store)
     except CorruptStoreError as error:
         problems.append(Problem(where=".", what=str(error)))
-    arrays = _row_arrays(opened) if opened else {}
+    arrays = {array.name: array.spec for array in opened.arrays.values()} if opened else {}
 
     def check(entry: Entry) -> list[Problem]:
         found = [] if entry.name in damaged else [*_content_problems(store, entry, entries, arrays)]
@@ -103,17 +103,6 @@ def verify_store(
     )
 
 
-def _row_arrays(store: Store) -> dict[str, RowArray]:
-    """Every array that is cut into shards, by name."""
-    found: dict[str, RowArray] = {}
-    for array in store.arrays.values():
-        found[array.name] = array.spec
-        if array.numbers.scaling and array.numbers.scaling.wide:
-            wide = WideSpec(of=array.spec, slots=array.numbers.scaling.wide)
-            found[wide.name] = wide
-    return found
-
-
 def _file_problems(store: Path, entries: Mapping[str, Entry]) -> Iterator[Problem]:
     """Files that are missing, of another size, or not listed."""
     there = files_of(store)
@@ -129,7 +118,7 @@ def _file_problems(store: Path, entries: Mapping[str, Entry]) -> Iterator[Proble
 
 
 def _content_problems(
-    store: Path, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, RowArray]
+    store: Path, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]
 ) -> Iterator[Problem]:
     name, _, key = entry.name.removeprefix(f"{FEATURES}/").partition("/c/")
     if name not in arrays or not key:
@@ -144,7 +133,7 @@ def _content_problems(
 
 
 def _shard_problems(
-    path: Path, name: str, data: bytes, array: RowArray, block: int, entries: Mapping[str, Entry]
+    path: Path, name: str, data: bytes, array: ArraySpec, block: int, entries: Mapping[str, Entry]
 ) -> Iterator[Problem]:
     """Chunks whose checksum does not hold, and taps whose digest is not the manifest's."""
     try:
@@ -153,7 +142,7 @@ def _shard_problems(
     except CorruptStoreError as error:
         yield Problem(where=name, what=str(error))
         return
-    taps = array.taps if isinstance(array, ArraySpec) and array.gather == "layers" else ()
+    taps = array.taps if array.gather == "layers" else ()
     digests = [hashlib.sha256() for _ in range(array.chunks_per_row)]
     # In the order of the digests: row by row, tap by tap.
     for row, starts, lengths in zip(
@@ -211,7 +200,7 @@ def _present_rows(array: ArraySpec, n_rows: int, store: Path, damaged: Set[str])
     """Rows of an array that have their chunks, and rows of which a damaged shard does not say."""
     there, unknown = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for block in range(n_rows // array.block_rows):
-        name = f"{FEATURES}/{shard_key(array, block)}"
+        name = f"{FEATURES}/{array.shard_key(block)}"
         rows = np.arange(block * array.block_rows, (block + 1) * array.block_rows)
         try:
             if name in damaged:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, shard_key
+from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.block import ArrayBuffer, BlockBuffers
 from coldtap.stores.canonical import readable_json, sha256
 from coldtap.stores.durable import TEMPORARY_SUFFIX, machine_errors, write_file
@@ -142,8 +142,7 @@ class StoreWriter:
         shards: dict[str, ShardRecord] = {}
         for spec in self.specs if present.any() else ():
             buffer = buffers[spec.name]
-            for shard in filter(None, (buffer.shard, buffer.wide)):
-                self._place_shard(shard_key(shard.array, block), shard.seal(present), shards)
+            self._place_shard(spec.shard_key(block), buffer.shard.seal(present), shards)
             self._forget_escapes(spec, block)
             for key, data in escape_chunks(spec, block, buffer.take_escapes(block, present)):
                 self._place_escapes(key, data, shards)
