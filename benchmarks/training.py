@@ -20,8 +20,9 @@ import torch
 
 from benchmarks.machine import own_process, peak_bytes, resident_bytes
 from benchmarks.pictures import Pictures, decode, encoded_images
-from coldtap.adaptors.batches import Batch, FeatureBatches, epoch_draw
+from coldtap.adaptors.batches import Batch, FeatureBatches
 from coldtap.adaptors.contract import FeatureSpec, copy_final_norm
+from coldtap.adaptors.epoch_order import epoch_draw
 from coldtap.adaptors.fitting import Fitter, make_optimizer
 from coldtap.adaptors.kinds import adaptor_kind
 from coldtap.adaptors.run_folder import RunSettings
@@ -150,10 +151,10 @@ class BackboneBatches:
         self.n_batches = -(-self.n_samples // BATCH_SIZE)
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
-    def shuffled(self, *, seed: int, epoch: int) -> Iterator[Batch]:
+    def shuffled(self, *, seed: int, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Every sample once, in the order in which `FeatureBatches` gives them; decoded one batch ahead."""
         order, _ = epoch_draw(self.n_samples, 1, seed=seed, epoch=epoch)
-        parts = np.split(order, range(BATCH_SIZE, self.n_samples, BATCH_SIZE))
+        parts = np.split(order, range(BATCH_SIZE, self.n_samples, BATCH_SIZE))[start_batch:]
         coming = self._begin(parts[0])
         for number, part in enumerate(parts):
             images, coming = coming, self._begin(parts[number + 1] if number + 1 < len(parts) else [])

@@ -6,6 +6,7 @@ import math
 import struct
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 
 import numpy as np
@@ -13,9 +14,10 @@ import pytest
 import torch
 
 from coldtap.adaptors import load_adaptor, read_run, train_adaptor
+from coldtap.adaptors import run as run_module
 from coldtap.adaptors.checkpoint import read_checkpoint
 from coldtap.adaptors.devices import seeded
-from coldtap.adaptors.fitting import learning_rate_at, make_optimizer
+from coldtap.adaptors.fitting import Fitter, learning_rate_at, make_optimizer
 from coldtap.adaptors.run import choose_epoch
 from coldtap.adaptors.run_folder import EpochRecord
 from coldtap.stores import StoredArray, open_store
@@ -29,6 +31,8 @@ from coldtap.stores.errors import (
     SourceError,
     StoreError,
 )
+from coldtap.stores.index import Targets
+from tests.jobs import coldtap
 from tests.synthetic import GEOMETRY, synthetic_store
 
 SIZES = {"train": 48, "val": 20, "test": 20}
@@ -79,10 +83,7 @@ def test_targets_without_a_pattern_are_not_learnt(tmp_path):
     rng = np.random.default_rng(1)
     path = toy(tmp_path / "s", noise=1e-3, targets=[0] * 88)
     store = open_store(path)
-    shuffled = rng.integers(0, 3, 88)
-    store.__dict__["_targets"] = {
-        "label": ({f"sample-{i:03d}": int(shuffled[i]) for i in range(88)}, ("ant", "bee", "cat"))
-    }
+    store._targets["label"] = Targets(values=rng.integers(0, 3, 88), class_names=("ant", "bee", "cat"), order=None)
     result = train(store, tmp_path / "run")
     assert result.info.metrics["test"].top1 < 0.7
 
@@ -106,7 +107,7 @@ def test_run_json_says_what_was_trained_on_what_and_how_well(store, tmp_path):
     result = train(store, tmp_path / "run", "mist", settings={"rank": "2", "depth": 1}, seed=5)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     opened = open_store(store)
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["adaptor"] == "mist"
     assert record["seed"] == 5
     assert record["extractor_digest"] == opened.recipe.extractor_digest
@@ -139,11 +140,11 @@ def test_the_test_split_is_read_once_and_after_everything_else(store, tmp_path, 
     opened = open_store(store)
     test = set(opened.rows("test").tolist())
     read = []
-    original = StoredArray.read_into
+    original = StoredArray.read_stored_into
     monkeypatch.setattr(
         StoredArray,
-        "read_into",
-        lambda self, out, rows, taps=None: (read.extend(rows), original(self, out, rows, taps)),
+        "read_stored_into",
+        lambda self, out, rows, taps=None: (read.extend(rows), original(self, out, rows, taps))[1],
     )
     train(opened, tmp_path / "run", epochs=3, resident=resident)
     assert sorted(row for row in read if row in test) == sorted(test)
@@ -350,7 +351,7 @@ def test_ctrl_c_while_features_are_loaded_is_one_line_too(store, tmp_path, monke
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(StoredArray, "read_into", interrupted)
+    monkeypatch.setattr(StoredArray, "read_stored_into", interrupted)
     with pytest.raises(InterruptedRunError, match=r"interrupted while .*store was read: run the same command again"):
         train(store, tmp_path / "run", resident=True)
 
@@ -390,7 +391,7 @@ def _flip(path):
         (lambda run: (run / "run.json").unlink(), r"there is no finished run at .*run: make one"),
         (lambda run: (run / "run.json").write_text("{"), r"run.json is damaged"),
         (lambda run: (run / "run.json").write_text("[]"), r"run.json is damaged"),
-        (lambda run: _edit(run / "run.json", format=2), r"run format 2; this coldtap reads format 1"),
+        (lambda run: _edit(run / "run.json", format=3), r"run format 3; this coldtap reads formats 1 to 2"),
         (lambda run: _edit(run / "run.json", colour="red"), r"run.json is damaged .*colour"),
         (lambda run: _edit(run / "run.json", n_classes=9), r"adaptor.safetensors does not fit the settings"),
         (lambda run: (run / "adaptor.safetensors").unlink(), r"adaptor.safetensors cannot be read \(No such file"),
@@ -412,18 +413,198 @@ def test_a_run_of_an_adaptor_from_the_future_is_refused(store, tmp_path):
         load_adaptor(tmp_path / "run")
 
 
+# Shuffles, and where features are kept
+
+
+def test_a_block_shuffle_is_a_setting_and_states_how_far_it_is_from_uniform(store, tmp_path):
+    notes = []
+    result = train(store, tmp_path / "run", epochs=2, shuffle="block", resident=False, note=notes.append)
+    kept, mixing = notes
+    assert kept.startswith("features read batch by batch, as asked: ")
+    # 48 samples in blocks of 16: a single pool.
+    assert mixing == "block shuffle: all 48 samples are mixed together, as by a uniform shuffle"
+    assert read_run(tmp_path / "run").mixing == mixing
+    uniform = train(store, tmp_path / "uniform", epochs=2, note=notes.append)
+    assert uniform.info.mixing is None
+    assert len(notes) == 3
+    assert uniform.info.adaptor_sha256 != result.info.adaptor_sha256
+    with pytest.raises(RunError, match=r"run of other settings: shuffle: block → uniform\. Choose another"):
+        train(store, tmp_path / "run", epochs=2)
+
+
+def test_the_command_line_has_both_choices(store, tmp_path):
+    options = ("--adaptor", "linear", "--out", tmp_path / "run", "--epochs", "1", "--device", "cpu")
+    result = coldtap("train-adaptor", store, *options, "--shuffle", "block", "--stream")
+    assert result.exit_code == 0, result.stderr
+    assert "read batch by batch, as asked" in result.stderr
+    assert "block shuffle: all 48 samples are mixed together" in result.stderr
+    info = read_run(tmp_path / "run")
+    assert (info.settings.shuffle, info.residency.resident) == ("block", False)
+    refused = coldtap("train-adaptor", store, *options, "--shuffle", "none")
+    assert refused.exit_code == 2
+    assert "shuffle=none: it must be one of uniform, block" in refused.stderr
+
+
+# Runs of earlier versions
+
+
+def test_a_run_of_format_1_is_read_as_one_with_a_uniform_shuffle(store, tmp_path):
+    train(store, tmp_path / "run", epochs=1)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    del record["settings"]["shuffle"], record["residency"]["on_gpu"], record["mixing"]
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "format": 1}))
+    assert load_adaptor(tmp_path / "run")[1].settings.shuffle == "uniform"
+    assert train(store, tmp_path / "run", epochs=1).was_finished
+    with pytest.raises(RunError, match=r"shuffle: uniform → block"):
+        train(store, tmp_path / "run", epochs=1, shuffle="block")
+
+
+def _edit_checkpoint(path, change):
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    state = json.loads(header["__metadata__"]["coldtap"])
+    change(state)
+    header["__metadata__"]["coldtap"] = json.dumps(state)
+    new = json.dumps(header).encode()
+    new += b" " * (-len(new) % 8)
+    path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size :])
+
+
+def test_a_checkpoint_of_format_1_goes_on(store, tmp_path):
+    def as_format_1(state):
+        state["format"] = 1
+        del state["part"], state["settings"]["shuffle"]
+
+    with pytest.raises(InterruptedRunError, match=r"after epoch 2"):
+        train(store, tmp_path / "run", progress=interrupt_after(2), checkpoint_every_s=1e9)
+    _edit_checkpoint(tmp_path / "run" / "checkpoint.safetensors", as_format_1)
+    resumed = train(store, tmp_path / "run")
+    assert resumed.resumed_after == 2
+    assert resumed.info.adaptor_sha256 == train(store, tmp_path / "whole").info.adaptor_sha256
+
+
+def test_a_checkpoint_of_the_future_is_refused(store, tmp_path):
+    with pytest.raises(InterruptedRunError, match=r"after epoch 1"):
+        train(store, tmp_path / "run", progress=interrupt_after(1))
+    _edit_checkpoint(tmp_path / "run" / "checkpoint.safetensors", lambda state: state.update(format=3))
+    with pytest.raises(RunError, match=r"of checkpoint format 3; this coldtap reads formats 1 to 2: delete it"):
+        train(store, tmp_path / "run")
+
+
+# Inside an epoch
+
+
+@pytest.mark.parametrize(
+    ("die_at", "shuffle", "resident"),
+    [(1, "uniform", True), (5, "block", False), (6, "uniform", False), (10, "block", True), (17, "uniform", False)],
+)
+def test_a_run_stopped_inside_an_epoch_goes_on_from_the_last_step(tmp_path, monkeypatch, shuffle, resident, die_at):
+    store = toy(tmp_path / "store", views=1)
+    arguments = {
+        "adaptor": "last",
+        "settings": {"modules": 1, "dropout": 0.3, "drop_path": 0.2},
+        "epochs": 3,
+        "shuffle": shuffle,
+        "resident": resident,
+        "checkpoint_every_s": 0,
+    }
+    step = Fitter._step
+
+    def stopping(self, batch):
+        if self.steps == die_at:
+            raise KeyboardInterrupt
+        return step(self, batch)
+
+    # Six steps an epoch; after the last of them the epoch's own checkpoint follows.
+    epochs, batches = divmod(die_at, 6)
+    more = rf" and {batches} of 6 batches" if batches else ""
+    with monkeypatch.context() as patched:
+        patched.setattr(Fitter, "_step", stopping)
+        with pytest.raises(InterruptedRunError, match=rf"interrupted after epoch {epochs} of 3{more}; "):
+            train(store, tmp_path / "run", **arguments)
+    part = read_checkpoint(tmp_path / "run").part
+    assert (part.batches if part else 0) == batches
+    taken = []
+    monkeypatch.setattr(Fitter, "_step", lambda self, batch: (taken.append(self.steps), step(self, batch))[1])
+    resumed = train(store, tmp_path / "run", **arguments)
+    assert taken == list(range(die_at, 18))
+    whole = train(store, tmp_path / "whole", **{**arguments, "checkpoint_every_s": 1e9})
+    assert resumed.info.adaptor_sha256 == whole.info.adaptor_sha256
+    assert resumed.info.metrics == whole.info.metrics
+    assert lines_without_seconds(tmp_path / "run") == lines_without_seconds(tmp_path / "whole")
+
+
+def lines_without_seconds(run):
+    return [line.rpartition(",")[0] for line in (run / "epochs.csv").read_text().splitlines()]
+
+
+def test_checkpoints_that_are_slow_to_write_are_rarer(store, tmp_path, monkeypatch):
+    clock, writes = [0.0], []
+    step, write = Fitter._step, run_module.write_checkpoint
+
+    def stepping(self, batch):
+        clock[0] += 0.125
+        return step(self, batch)
+
+    def writing(folder, checkpoint):
+        writes.append(checkpoint.steps)
+        clock[0] += 1
+        write(folder, checkpoint)
+
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Fitter, "_step", stepping)
+    monkeypatch.setattr(run_module, "write_checkpoint", writing)
+    train(store, tmp_path / "run", epochs=5, checkpoint_every_s=0.25)
+    # After a quarter of a second, and then, as a write takes a second, after one each.
+    assert writes == [2, 10, 18, 26]
+
+
+def test_a_state_that_is_no_longer_finite_is_not_kept(store, tmp_path):
+    with pytest.raises(RunError, match=r"training loss is (nan|inf) in epoch 1 of 6"):
+        train(store, tmp_path / "run", "mist", lr=1e30, warmup=0.0, checkpoint_every_s=0)
+    last = read_checkpoint(tmp_path / "run")
+    assert last is not None
+    assert last.part.batches < 5
+    assert math.isfinite(last.part.loss)
+
+
+def test_the_seconds_of_an_epoch_count_both_of_its_parts(store, tmp_path, monkeypatch):
+    step = Fitter._step
+
+    def slow(self, batch):
+        if self.steps == 4 and "stop" not in done:
+            done.append("stop")
+            raise KeyboardInterrupt
+        time.sleep(0.05)
+        return step(self, batch)
+
+    done = []
+    monkeypatch.setattr(Fitter, "_step", slow)
+    with pytest.raises(InterruptedRunError, match=r"and 4 of 6 batches"):
+        train(store, tmp_path / "run", epochs=1, checkpoint_every_s=0)
+    time.sleep(1)  # what lies between the two calls does not count
+    result = train(store, tmp_path / "run", epochs=1)
+    assert 0.3 <= result.info.epoch_seconds < 1.3
+
+
 CHILD = """
-import os, signal, sys
+import os, pathlib, signal, sys
 import torch
 from coldtap.adaptors import train_adaptor
 from coldtap.adaptors.fitting import Fitter
-store, out, die_at = sys.argv[1], sys.argv[2], int(sys.argv[3])
-step = Fitter._step
-def dying(self, batch):
-    if self.steps == die_at:
+store, out, die_at_step, die_at_write = *sys.argv[1:3], *map(int, sys.argv[3:])
+step, rename, renamed = Fitter._step, pathlib.Path.rename, []
+def stepping(self, batch):
+    if self.steps == die_at_step:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch)
-Fitter._step = dying
+def renaming(self, target):
+    renamed.append(target.name)
+    if renamed.count("checkpoint.safetensors") == die_at_write:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return rename(self, target)
+Fitter._step, pathlib.Path.rename = stepping, renaming
 torch.set_num_threads(1)
 train_adaptor(store, "last", out=out, epochs=6, batch_size=8, device="cpu", checkpoint_every_s=0,
               settings={"modules": 1, "dropout": 0.3, "drop_path": 0.2})
@@ -434,8 +615,8 @@ print("finished")
 """
 
 
-def run_child(store, out, die_at):
-    command = [sys.executable, "-c", CHILD, str(store), str(out), str(die_at)]
+def run_child(store, out, *, step=-1, write=-1):
+    command = [sys.executable, "-c", CHILD, str(store), str(out), str(step), str(write)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -443,15 +624,18 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits_without_timm(tmp_pat
     store = toy(tmp_path / "store", views=2)
     settings = {"modules": 1, "dropout": 0.3, "drop_path": 0.2}
     whole = train(store, tmp_path / "whole", "last", settings=settings, checkpoint_every_s=0)
-    # Six steps an epoch: killed in the middle of epochs 2 and 5, each time after checkpoints.
-    for die_at, kept in ((8, 1), (29, 4)):
-        child = run_child(store, tmp_path / "run", die_at)
+    # Six steps an epoch: killed before a step of epochs 1 and 5, and between them in the fifth write of a checkpoint,
+    # which is that of step 8: two steps of epoch 1 were left, then came its end and step 7.
+    for die_at, kept, inside in (({"step": 3}, 0, 3), ({"write": 5}, 1, 1), ({"step": 29}, 4, 5)):
+        child = run_child(store, tmp_path / "run", **die_at)
         assert child.returncode == -9, child.stderr
-        assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
-        assert len(read_checkpoint(tmp_path / "run").epochs) == kept
+        last = read_checkpoint(tmp_path / "run")
+        assert (len(last.epochs), last.part.batches) == (kept, inside)
+        left = {path.name for path in (tmp_path / "run").iterdir()}
+        assert left == {"checkpoint.safetensors", *(["checkpoint.safetensors.partial"] if "write" in die_at else [])}
     # What a death inside a checkpoint's write leaves must not matter.
     (tmp_path / "run" / "checkpoint.safetensors.partial").write_bytes(b"half a checkpoint")
-    child = run_child(store, tmp_path / "run", -1)
+    child = run_child(store, tmp_path / "run")
     assert child.stdout == "finished\n", child.stderr
     weights = [(tmp_path / run / "adaptor.safetensors").read_bytes() for run in ("run", "whole")]
     assert weights[0] == weights[1]

@@ -1,7 +1,9 @@
-"""The state of an unfinished run after a whole epoch: enough to go on as if nothing had happened.
+"""The state of an unfinished run between two steps: enough to go on as if nothing had happened.
 
-One safetensors file, no pickle: the weights, the two moments of AdamW, the best weights so far, and in the header
-the settings and the epochs as JSON.
+One safetensors file, no pickle: the weights, the two moments of AdamW, the best weights so far, the state of torch's
+random numbers inside an epoch, and in the header the settings and the epochs as JSON.
+
+Format 1, of earlier versions, knew whole epochs and uniform shuffles only; it is read too.
 """
 
 import dataclasses
@@ -21,26 +23,42 @@ from coldtap.stores.canonical import sha256
 from coldtap.stores.durable import TEMPORARY_SUFFIX, write_file
 from coldtap.stores.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """A run after `len(epochs)` epochs.
+class EpochPart:
+    """The first batches of an epoch: how many, the sum of their samples' losses (nats), and seconds."""
 
-    `tensors` holds `model.*`, `best.*` (weights by name) and `exp_avg.*`, `exp_avg_sq.*` (moments by parameter).
+    batches: int
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A run after `len(epochs)` epochs and, where there is one, a part of the next.
+
+    `tensors` holds `model.*`, `best.*` (weights by name; none in the first epoch), `exp_avg.*`, `exp_avg_sq.*` (moments
+    by parameter), and with a part `random.*` (states of torch's generators). `best_epoch` is 0 in the first epoch.
     """
 
     settings: RunSettings
     epochs: tuple[EpochRecord, ...]
     best_epoch: int
     steps: int
+    part: EpochPart | None
     tensors: Mapping[str, torch.Tensor]
 
     def best_weights(self) -> dict[str, torch.Tensor]:
         """Returns the weights of the best epoch, by name."""
         return _of_prefix(self.tensors, "best.")
+
+    def random_states(self) -> dict[str, torch.Tensor]:
+        """Returns the states of torch's generators inside the epoch, by device type."""
+        return _of_prefix(self.tensors, "random.")
 
 
 def take_checkpoint(
@@ -52,14 +70,17 @@ def take_checkpoint(
     best_epoch: int,
     best: Mapping[str, torch.Tensor],
     steps: int,
+    part: EpochPart | None = None,
+    random_states: Mapping[str, torch.Tensor] | None = None,
 ) -> Checkpoint:
     """Copies a run's state to the CPU: later steps do not touch it."""
     tensors = {f"model.{name}": _copy(value) for name, value in model.state_dict().items()}
     tensors |= {f"best.{name}": value for name, value in best.items()}
+    tensors |= {f"random.{name}": value for name, value in (random_states or {}).items()}
     for name, parameter in model.named_parameters():
         moments = optimizer.state[parameter]
         tensors |= {f"{key}.{name}": _copy(moments[key]) for key in ("exp_avg", "exp_avg_sq")}
-    return Checkpoint(settings=settings, epochs=epochs, best_epoch=best_epoch, steps=steps, tensors=tensors)
+    return Checkpoint(settings=settings, epochs=epochs, best_epoch=best_epoch, steps=steps, part=part, tensors=tensors)
 
 
 def copy_weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -91,6 +112,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "epochs": [dataclasses.asdict(record) for record in checkpoint.epochs],
         "best_epoch": checkpoint.best_epoch,
         "steps": checkpoint.steps,
+        "part": None if checkpoint.part is None else dataclasses.asdict(checkpoint.part),
     }
     tensors = dict(checkpoint.tensors)
     # safetensors checks its header only: a digest guards the numbers.
@@ -109,18 +131,19 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         data = path.read_bytes()
         tensors = load(data)
         state = _state_of(data)
-        if state["format"] != FORMAT:
+        if state["format"] not in READABLE:
             raise RunError(
-                f"{path} is of checkpoint format {state['format']!r}; this coldtap reads format {FORMAT}: "
+                f"{path} is of checkpoint format {state['format']!r}; this coldtap reads formats 1 to {FORMAT}: "
                 "delete it to start the run again"
             )
         if state["sha256"] != sha256(save(tensors)):
             raise ValueError("its digest does not hold")
         return Checkpoint(
-            settings=RunSettings(**state["settings"]),
+            settings=RunSettings(**state["settings"]),  # format 1 lacks the shuffle: its default was the only one
             epochs=tuple(EpochRecord(**record) for record in state["epochs"]),
             best_epoch=state["best_epoch"],
             steps=state["steps"],
+            part=EpochPart(**state["part"]) if state["format"] > 1 and state["part"] is not None else None,
             tensors=tensors,
         )
     except FileNotFoundError:

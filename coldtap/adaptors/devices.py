@@ -1,6 +1,6 @@
-"""Which device trains, and random numbers that leave no trace in the caller's process."""
+"""Which device trains, its memory, and random numbers that leave no trace in the caller's process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -34,6 +34,16 @@ def describe_device(device: torch.device) -> str:
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
+def free_gpu_bytes(device: torch.device) -> int:
+    """Returns the free memory of a GPU; 0 for the CPU, which has none of its own."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a small tensor from the CPU; to a GPU through pinned memory, so that nothing waits for the GPU's work."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
 @contextmanager
 def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
     """Draws torch's random numbers from (seed, stream) inside the block; restores its generators after it.
@@ -44,3 +54,16 @@ def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
         state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(state >> 1))
         yield
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the states of the generators that `seeded` sets, by device type."""
+    states = {"cpu": torch.get_rng_state()}
+    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def restore_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Sets generators back to what `random_states` gave; one that another device lacked stays as it is."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

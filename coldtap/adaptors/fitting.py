@@ -1,14 +1,16 @@
 """One network, its optimizer and its schedule: an epoch of steps, and a pass of evaluation."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import closing
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from coldtap.adaptors.batches import Batch, FeatureBatches
-from coldtap.adaptors.devices import seeded
+from coldtap.adaptors.checkpoint import Checkpoint, EpochPart
+from coldtap.adaptors.devices import restore_random_states, seeded
 from coldtap.adaptors.run_folder import RunSettings, SplitMetrics
 from coldtap.stores.errors import RunError
 
@@ -38,27 +40,64 @@ def make_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.Adam
 
 
 class Fitter:
-    """Fits a network by the settings of a run; `steps` counts the optimizer's steps so far."""
+    """Fits a network by the settings of a run.
+
+    Attributes:
+        steps: The optimizer's steps so far.
+        epoch_batches: Those of the epoch that is being fitted.
+        epoch_loss: The sum of its samples' losses (nats).
+    """
 
     def __init__(self, model: nn.Module, settings: RunSettings, device: torch.device, *, n_batches: int) -> None:
         self.model, self.settings, self.device = model, settings, device
         self.optimizer = make_optimizer(model, weight_decay=settings.weight_decay)
         self.total_steps = settings.epochs * n_batches
         self.steps = 0
+        self.epoch_batches = 0
+        self.epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         self.lr = 0.0
 
-    def fit_epoch(self, batches: FeatureBatches, epoch: int) -> float:
+    def fit_epoch(
+        self,
+        batches: FeatureBatches,
+        epoch: int,
+        *,
+        after: Checkpoint | None = None,
+        between_steps: Callable[[], None] | None = None,
+    ) -> float:
         """Trains on every sample once; returns the mean loss (nats).
+
+        Args:
+            batches: Of the train split.
+            epoch: The epoch's number, from 1.
+            after: The state inside this epoch that was restored, if it does not begin anew.
+            between_steps: Called after every step but the last of the epoch.
 
         Raises:
             RunError: The loss is no longer finite.
         """
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        with seeded(self.settings.seed, epoch, self.device):
-            for batch in batches.shuffled(seed=self.settings.seed, epoch=epoch):
-                total += self._step(batch) * len(batch.targets)
-        return self._finite(float(total) / batches.n_samples, "training", epoch)
+        part = after.part if after is not None and after.part is not None else EpochPart(batches=0, loss=0, seconds=0)
+        self.epoch_batches = part.batches
+        self.epoch_loss = torch.tensor(part.loss, dtype=torch.float64, device=self.device)
+        order = batches.shuffled(seed=self.settings.seed, epoch=epoch, start_batch=part.batches)
+        with seeded(self.settings.seed, epoch, self.device), closing(order):
+            if after is not None and after.part is not None:
+                restore_random_states(after.random_states(), self.device)
+            for batch in order:
+                self.epoch_loss += self._step(batch) * len(batch.targets)
+                self.epoch_batches += 1
+                if between_steps is not None and self.epoch_batches < batches.n_batches:
+                    between_steps()
+        return self.loss_so_far(epoch) / batches.n_samples
+
+    def loss_so_far(self, epoch: int) -> float:
+        """Returns the sum of the epoch's losses (nats).
+
+        Raises:
+            RunError: It is no longer finite.
+        """
+        return self._finite(float(self.epoch_loss), "training", epoch)
 
     def _step(self, batch: Batch) -> torch.Tensor:
         settings = self.settings

@@ -11,20 +11,38 @@ RESIDENT_SHARE = 0.4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residency:
-    """Whether features are kept in memory, and why."""
+    """Whether features are kept in memory, where, and why.
+
+    `n_bytes` is their size as stored. `on_gpu` says that they are kept in a GPU's memory, not in RAM.
+    """
 
     resident: bool
     n_bytes: int
     reason: str
+    on_gpu: bool = False
 
 
-def decide_residency(n_bytes: int, available_bytes: int) -> Residency:
-    """Decides whether features of `n_bytes` as float32 are read once and kept, or read anew for every batch."""
-    limit = int(RESIDENT_SHARE * available_bytes)
-    sizes = f"{n_bytes / 1e6:.1f} MB of features, {limit / 1e6:.0f} MB allowed ({RESIDENT_SHARE:.0%} of free memory)"
-    if n_bytes <= limit:
-        return Residency(resident=True, n_bytes=n_bytes, reason=f"kept in memory: {sizes}")
-    return Residency(resident=False, n_bytes=n_bytes, reason=f"read batch by batch: {sizes}")
+def decide_residency(n_bytes: int, *, ram_bytes: int, gpu_bytes: int = 0, asked: bool | None = None) -> Residency:
+    """Decides whether features are read once and kept, on the GPU or in RAM, or read anew for every batch.
+
+    Args:
+        n_bytes: Size of the features as stored.
+        ram_bytes: Memory that this process may still take.
+        gpu_bytes: Free memory of the GPU that trains; 0 where the CPU does.
+        asked: The user's own decision, if there is one: to keep them, or not to.
+    """
+    size = f"{n_bytes / 1e6:.1f} MB of features"
+    if asked is False:
+        return Residency(resident=False, n_bytes=n_bytes, reason=f"read batch by batch, as asked: {size}")
+    for free, place in ((gpu_bytes, "on the GPU"), (ram_bytes, "in memory")):
+        limit = int(RESIDENT_SHARE * free)
+        allowed = f"{limit / 1e6:.0f} MB allowed ({RESIDENT_SHARE:.0%} of free memory)"
+        if n_bytes <= limit:
+            kept = f"kept {place}: {size}, {allowed}"
+            return Residency(resident=True, n_bytes=n_bytes, reason=kept, on_gpu=place == "on the GPU")
+    if asked:
+        return Residency(resident=True, n_bytes=n_bytes, reason=f"kept in memory, as asked: {size}, {allowed}")
+    return Residency(resident=False, n_bytes=n_bytes, reason=f"read batch by batch: {size}, {allowed}")
 
 
 def available_memory_bytes() -> int:

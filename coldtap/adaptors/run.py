@@ -1,4 +1,4 @@
-"""One run: what is left of it is done epoch by epoch, kept in checkpoints, and ends in a run folder."""
+"""One run: what is left of it is done step by step, kept in checkpoints, and ends in a run folder."""
 
 import platform
 import time
@@ -16,6 +16,7 @@ from coldtap import __version__
 from coldtap.adaptors.batches import FeatureBatches
 from coldtap.adaptors.checkpoint import (
     Checkpoint,
+    EpochPart,
     copy_weights,
     read_checkpoint,
     remove_checkpoint,
@@ -25,7 +26,7 @@ from coldtap.adaptors.checkpoint import (
 )
 from coldtap.adaptors.contract import AdaptorKind, FeatureSpec, copy_final_norm
 from coldtap.adaptors.curves import draw_curves
-from coldtap.adaptors.devices import describe_device, seeded
+from coldtap.adaptors.devices import describe_device, random_states, seeded
 from coldtap.adaptors.fitting import Fitter
 from coldtap.adaptors.memory import peak_memory_bytes
 from coldtap.adaptors.run_folder import EpochRecord, RunInfo, RunSettings, SplitMetrics, require_equal, write_run
@@ -77,8 +78,20 @@ class Run:
         if self.last is not None:
             require_equal(self.last.settings, settings, out)
         self.resumed_after = len(self.last.epochs) if self.last else 0
-        self.train = FeatureBatches(store, features, "train", batch_size=settings.batch_size, resident=resident)
-        self.val = FeatureBatches(store, features, "val", batch_size=settings.batch_size, resident=resident)
+        self._written, self._written_at, self._write_s = self.last, time.monotonic(), 0.0
+        self._checkpoint_every_s = 0.0
+        self.train, self.val = (
+            FeatureBatches(
+                store,
+                features,
+                split,
+                batch_size=settings.batch_size,
+                resident=resident,
+                device=device,
+                shuffle=settings.shuffle,
+            )
+            for split in ("train", "val")
+        )
         _require_two_classes(store, self.train)
         with seeded(settings.seed, INIT_STREAM, device):
             self.model: nn.Module = kind.build(features, options, n_classes=store.n_classes)
@@ -89,37 +102,54 @@ class Run:
 
     def finish(self, progress: Progress | None, *, checkpoint_every_s: float) -> RunResult:
         """Does what is left of the run, and writes its folder."""
-        written = self.last
-        written_at = time.monotonic()
+        self._written_at, self._checkpoint_every_s = time.monotonic(), checkpoint_every_s
         try:
             if self.last is not None:
                 restore_checkpoint(self.last, self.model, self.fitter.optimizer)
                 self.fitter.steps = self.last.steps
             for epoch in range(self.resumed_after + 1, self.settings.epochs + 1):
                 self.last = self._epoch(epoch)
-                if time.monotonic() - written_at >= checkpoint_every_s:
-                    write_checkpoint(self.out, self.last)
-                    written, written_at = self.last, time.monotonic()
+                self._write_if_due()
                 if progress is not None:
                     progress(self.last.epochs[-1], epochs=self.settings.epochs, best_epoch=self.last.best_epoch)
             assert self.last is not None, "there is at least one epoch"
             return self._write(self.last)
         except KeyboardInterrupt as error:
-            if self.last is not None and self.last is not written:
+            if self.last is not None and self.last is not self._written:
                 write_checkpoint(self.out, self.last)
             raise InterruptedRunError(self._interruption()) from error
 
+    def _is_due(self) -> bool:
+        # Every 5 s, as is the default, a write of more than 0.25 s takes a twentieth of the time and no more.
+        return time.monotonic() - self._written_at >= self._checkpoint_every_s * max(1, 4 * self._write_s)
+
+    def _write_if_due(self) -> None:
+        if self.last is not None and self._is_due():
+            began = time.monotonic()
+            write_checkpoint(self.out, self.last)
+            self._written, self._written_at = self.last, time.monotonic()
+            self._write_s = self._written_at - began
+
     def _interruption(self) -> str:
         done = len(self.last.epochs) if self.last else 0
+        part = self.last.part if self.last else None
+        more = f" and {part.batches} of {self.train.n_batches} batches" if part else ""
         return (
-            f"interrupted after epoch {done} of {self.settings.epochs}; {self.out} keeps what was done: "
+            f"interrupted after epoch {done} of {self.settings.epochs}{more}; {self.out} keeps what was done: "
             "run the same command again to go on"
         )
 
     def _epoch(self, epoch: int) -> Checkpoint:
-        """Trains and evaluates one epoch; returns the run's state after it."""
-        start = time.perf_counter()
-        train_loss = self.fitter.fit_epoch(self.train, epoch)
+        """Trains and evaluates what is left of an epoch; returns the run's state after it."""
+        inside = self.last if self.last is not None and self.last.part is not None else None
+        began = time.perf_counter() - (inside.part.seconds if inside and inside.part else 0)
+
+        def between_steps() -> None:
+            if self._is_due():
+                self.last = self._state_inside(epoch, seconds=time.perf_counter() - began)
+                self._write_if_due()
+
+        train_loss = self.fitter.fit_epoch(self.train, epoch, after=inside, between_steps=between_steps)
         val = self.fitter.evaluate(self.val.ordered(), split="val", epoch=epoch)
         record = EpochRecord(
             epoch=epoch,
@@ -127,9 +157,9 @@ class Run:
             train_loss=train_loss,
             val_loss=val.loss,
             val_top1=val.top1,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - began,
         )
-        epochs = (*(self.last.epochs if self.last else ()), record)
+        epochs = (*self._epochs_done(), record)
         best_epoch = choose_epoch(epochs)
         return take_checkpoint(
             self.settings,
@@ -139,6 +169,24 @@ class Run:
             best_epoch=best_epoch,
             best=copy_weights(self.model) if self.last is None or best_epoch == epoch else self.last.best_weights(),
             steps=self.fitter.steps,
+        )
+
+    def _epochs_done(self) -> tuple[EpochRecord, ...]:
+        return self.last.epochs if self.last else ()
+
+    def _state_inside(self, epoch: int, *, seconds: float) -> Checkpoint:
+        """The run's state between two steps of an epoch."""
+        loss = self.fitter.loss_so_far(epoch)  # a state that cannot go on is not kept
+        return take_checkpoint(
+            self.settings,
+            self.model,
+            self.fitter.optimizer,
+            epochs=self._epochs_done(),
+            best_epoch=self.last.best_epoch if self.last else 0,
+            best=self.last.best_weights() if self.last else {},
+            steps=self.fitter.steps,
+            part=EpochPart(batches=self.fitter.epoch_batches, loss=loss, seconds=seconds),
+            random_states=random_states(self.device),
         )
 
     def _write(self, checkpoint: Checkpoint) -> RunResult:
@@ -158,7 +206,9 @@ class Run:
         metrics = {"val": SplitMetrics(top1=best.val_top1, loss=best.val_loss, n_samples=self.val.n_samples)}
         if "test" in self.store.splits:
             size = self.settings.batch_size
-            test = FeatureBatches(self.store, self.features, "test", batch_size=size, resident=False)
+            test = FeatureBatches(
+                self.store, self.features, "test", batch_size=size, resident=False, device=self.device
+            )
             metrics["test"] = self.fitter.evaluate(test.ordered(), split="test", epoch=checkpoint.best_epoch)
         return metrics
 
@@ -181,6 +231,7 @@ class Run:
             model=self.store.recorded["model"],
             extractor=dict(self.store.recipe.extractor),
             adaptor_sha256=adaptor_sha256,
+            mixing=None if self.train.mixing is None else str(self.train.mixing),
         )
 
 

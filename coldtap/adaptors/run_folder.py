@@ -6,6 +6,8 @@ RUN/
   epochs.csv            one line an epoch
   curves.png            the same as a picture
   checkpoint.safetensors   only while the run is unfinished
+
+Format 1, of earlier versions, knew one shuffle, `uniform`, and no features on a GPU; it is read too.
 """
 
 import dataclasses
@@ -16,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from coldtap.adaptors.contract import FeatureSpec
+from coldtap.adaptors.epoch_order import Shuffle
 from coldtap.adaptors.memory import Residency
 from coldtap.stores.canonical import readable_json
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import RunError
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)
 ADAPTOR = "adaptor.safetensors"
 RUN = "run.json"
 EPOCHS = "epochs.csv"
@@ -42,6 +46,7 @@ class RunSettings:
     seed: int
     store_digest: str
     extractor_digest: str
+    shuffle: Shuffle = "uniform"
 
     def differences(self, other: "RunSettings") -> list[str]:
         """Returns each setting that differs in `other`, as `name: here → there`; of two adaptors, that alone."""
@@ -93,8 +98,9 @@ class SplitMetrics:
 class RunInfo:
     """All that `run.json` says.
 
-    `class_names` is None where the source gave none; `model` is the backbone as the store's maker named it, a timm
-    name with its pretrained tag, which the extractor's `architecture` leaves out.
+    `class_names` is None where the source gave none; `mixing` says how far a block shuffle is from a uniform one;
+    `model` is the backbone as the store's maker named it, a timm name with its pretrained tag, which the extractor's
+    `architecture` leaves out.
     """
 
     settings: RunSettings
@@ -113,6 +119,7 @@ class RunInfo:
     model: str
     extractor: Mapping[str, Any]
     adaptor_sha256: str
+    mixing: str | None = None
 
     @property
     def extractor_digest(self) -> str:
@@ -152,8 +159,8 @@ def read_run(folder: Path) -> RunInfo | None:
     path = folder / RUN
     try:
         record = json.loads(path.read_bytes())
-        if record["format"] != FORMAT:
-            raise RunError(f"{path} is of run format {record['format']!r}; this coldtap reads format {FORMAT}")
+        if record["format"] not in READABLE:
+            raise RunError(f"{path} is of run format {record['format']!r}; this coldtap reads formats 1 to {FORMAT}")
         return RunInfo.from_dict(record)
     except FileNotFoundError:
         return None

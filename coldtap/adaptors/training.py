@@ -4,12 +4,13 @@ AdamW, a linear warm-up and a cosine, the best epoch chosen on val, the test spl
 resumable: killed at any moment and started again, on the CPU it ends in the same bits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 from coldtap.adaptors.checkpoint import remove_checkpoint
 from coldtap.adaptors.devices import choose_device
+from coldtap.adaptors.epoch_order import SHUFFLES
 from coldtap.adaptors.kinds import adaptor_kind
 from coldtap.adaptors.options import parse_options, require_at_least, require_positive, require_probability
 from coldtap.adaptors.run import Progress, Run, RunResult
@@ -34,7 +35,9 @@ def train_adaptor(
     seed: int = 0,
     device: str = "auto",
     resident: bool | None = None,
+    shuffle: str = "uniform",
     progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> RunResult:
     """Trains an adaptor on a store's train split and leaves a run folder.
@@ -54,8 +57,10 @@ def train_adaptor(
         seed: Decides the start, the order of samples, the views drawn and dropout.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         resident: Whether to keep features in memory; None decides by their size.
+        shuffle: `uniform`, or `block`, which reads rows near each other, for a store far larger than memory.
         progress: Called after every epoch.
-        checkpoint_every_s: Seconds between checkpoints at least; 0 writes one every epoch.
+        note: Told, a sentence each, what the run decided: where features are kept, how far its shuffle is from uniform.
+        checkpoint_every_s: Seconds between checkpoints at least, more where writing is slow; 0 writes one a step.
 
     Raises:
         OptionError: An option has a value that cannot be used.
@@ -68,6 +73,8 @@ def train_adaptor(
     store = store if isinstance(store, Store) else open_store(store)
     kind = adaptor_kind(adaptor)
     peak = kind.lr if lr is None else lr
+    if shuffle not in SHUFFLES:
+        raise OptionError(f"shuffle={shuffle}: it must be one of {', '.join(SHUFFLES)}")
     _check_arguments(epochs=epochs, lr=peak, batch_size=batch_size, weight_decay=weight_decay, warmup=warmup, seed=seed)
     features, options = kind.plan(store, parse_options(kind.options, settings or {}, adaptor=adaptor))
     run_settings = RunSettings(
@@ -81,6 +88,7 @@ def train_adaptor(
         seed=seed,
         store_digest=store.digest,
         extractor_digest=store.recipe.extractor_digest,
+        shuffle=shuffle,
     )
     out = Path(out)
     _make_folder(out)
@@ -93,6 +101,10 @@ def train_adaptor(
         run = Run(store, kind, features, options, run_settings, out, device=chosen, resident=resident)
     except KeyboardInterrupt as error:
         raise InterruptedRunError(f"interrupted while {store.path} was read: run the same command again") from error
+    if note is not None:
+        note(f"features {run.train.residency.reason}")
+        if run.train.mixing is not None:
+            note(str(run.train.mixing))
     return run.finish(progress, checkpoint_every_s=checkpoint_every_s)
 
 

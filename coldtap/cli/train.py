@@ -25,6 +25,13 @@ def train_adaptor(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the start, the order of samples, views and dropout.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    shuffle: Annotated[
+        str, typer.Option(help="uniform, or block: near reads, for a store far larger than memory.")
+    ] = "uniform",
+    resident: Annotated[
+        bool | None,
+        typer.Option("--resident/--stream", help="Keep features in memory, or read each batch. Default: by size."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a small network from STORE alone: no backbone, no images.
@@ -49,7 +56,10 @@ def train_adaptor(
             settings=_parse(settings or []),
             seed=seed,
             device=device,
+            resident=resident,
+            shuffle=shuffle,
             progress=lines,
+            note=lines.note,
         )
     info = result.info
     if as_json:
@@ -100,6 +110,12 @@ class _EpochLines:
     def __exit__(self, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+
+    def note(self, text: str) -> None:
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(text, markup=False, highlight=False)
 
     def __call__(self, record: Any, *, epochs: int, best_epoch: int) -> None:
         text = f"epoch {record.epoch}/{epochs}  val {record.val_top1:.4f}  best at {best_epoch}"
