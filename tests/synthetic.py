@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec, Geometry, Layout, Tier, plan_arrays
+from coldtap.stores.calibration import calibration_rows
 from coldtap.stores.codes import ErrorBound, Scaling, choose_scaling
 from coldtap.stores.index import targets_bytes
 from coldtap.stores.journal import Rejection
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import RowPlan
-from coldtap.stores.tiers import Numbers
+from coldtap.stores.tiers import Numbers, scales_rule
 from coldtap.stores.writer import StoreWriter
 
 GEOMETRY = Geometry(grid=(2, 3), prefix_tokens=1, channels=8)
@@ -44,6 +45,7 @@ def synthetic_store(
     class_names: Sequence[str] | None = None,
     blocks: Sequence[int] | None = None,
     finish: bool = True,
+    ranges: Mapping[str, list[list[float]]] | None = None,
 ) -> StoreWriter:
     """A store of given taps: (view, sample, tap, token, channel) or (sample, tap, token, channel) float32.
 
@@ -70,6 +72,7 @@ def synthetic_store(
         encoding={
             "gathers": {name: list(taps) for name, taps in gathers.items()},
             "tier": tier,
+            "scales": scales_rule(ErrorBound(snr_db=snr_db) if tier == "int8" else None, calibration_rows(specs)),
             "layout": layout,
             "block_rows": specs[0].block_rows,
         },
@@ -80,7 +83,7 @@ def synthetic_store(
     path.mkdir(parents=True, exist_ok=True)
     writer.start(recorded, numbers, norm or layer_norm(8))
     for block in range(plan.n_blocks) if blocks is None else blocks:
-        _write(writer, block, values, rejected)
+        _write(writer, block, values, rejected, ranges or {})
     if finish:
         writer.finish(ids, lambda i: f"memory[{i}]", {"label": targets_bytes(ids, targets, class_names)})
     return writer
@@ -103,7 +106,13 @@ def by_tap(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return values.reshape(-1, *values.shape[-2:])
 
 
-def _write(writer: StoreWriter, block: int, values: np.ndarray[Any, Any], rejected: Sequence[int]) -> None:
+def _write(
+    writer: StoreWriter,
+    block: int,
+    values: np.ndarray[Any, Any],
+    rejected: Sequence[int],
+    ranges: Mapping[str, list[list[float]]],
+) -> None:
     buffers = writer.new_buffers()
     rows = writer.plan.block(block)
     for row in rows:
@@ -115,7 +124,7 @@ def _write(writer: StoreWriter, block: int, values: np.ndarray[Any, Any], reject
         buffers,
         rejected=[Rejection(row=row.number, reason="made so") for row in rows if row.sample in rejected],
         source_sha256={row.number: f"{row.sample:064x}" for row in rows if row.sample not in rejected},
-        ranges={},
+        ranges=ranges,
         environment={"device": "none"},
     )
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import zarr
 from PIL import Image
 
 import coldtap as package
@@ -24,12 +25,13 @@ from coldtap.stores.manifest import MANIFEST
 from tests.jobs import coldtap, error_line, files, read
 from tests.pictures import encoded
 
-COMMANDS = ("cache-features", "train-adaptor", "predict", "inspect", "verify")
+COMMANDS = ("cache-features", "train-adaptor", "predict", "convert", "inspect", "verify")
 OPTIONS = {
     "cache-features": "--model --checkpoint --random-weights --taps --gather --sum-at --tier --precision --split "
     "--views --batch-size --device --on-bad-image --max-rejected --allow-mixed --dry-run --seed --json",
     "train-adaptor": "--adaptor --out --epochs --lr --set --seed --device --json",
     "predict": "--model --checkpoint --split --out --device",
+    "convert": "--tier --layout --snr --max-error --dry-run --json",
     "inspect": "--json",
     "verify": "--source --json",
 }
@@ -257,6 +259,72 @@ def test_inspect_of_an_incomplete_store_says_so(tmp_path, store):
     assert "digest" not in result.stdout
     about = json.loads(coldtap("inspect", begun, "--json").stdout)
     assert (about["complete"], about["finished_blocks"]) == (False, 3)
+
+
+@pytest.fixture(scope="module")
+def coded(tmp_path_factory, images):
+    """Codes that were made by extraction."""
+    store = tmp_path_factory.mktemp("coded") / "store"
+    words = ("--device", "cpu", "--taps", "0,9", "--gather", "layers", "--gather", "sum", "--tier", "int8")
+    result = coldtap("cache-features", images, store, *words)
+    assert result.exit_code == 0, result.stderr
+    return store
+
+
+def test_inspect_of_codes_shows_their_bound_their_size_and_what_was_measured(coded):
+    result = coldtap("inspect", coded)
+    assert result.exit_code == 0
+    about = json.loads(coldtap("inspect", coded, "--json").stdout)
+    layers, total = about["arrays"]
+    assert (layers["name"], total["name"]) == ("layers/g8x8-p1-c192", "sum/g8x8-p1-c192/9")
+    for array in (layers, total):
+        n_values = 30 * np.prod(array["shape"][1:])
+        folders = [coded / "features.zarr" / part / array["name"] for part in ("", "escapes", "scales")]
+        n_bytes = [sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in folders]
+        metadata = (folders[0] / "zarr.json").stat().st_size
+        assert array["bits_per_value"] == pytest.approx(8 * (sum(n_bytes) - metadata) / n_values)
+        value = zarr.open_array(folders[1] / "value", mode="r")[:]
+        assert array["escapes"] == sum(array["escapes_by_tap"]) == np.isfinite(value).sum()
+        assert array["escaped_share"] == array["escapes"] / n_values
+        size = f"{array['bits_per_value']:.2f} bits a value on disk; {array['escapes']} escapes"
+        assert f"    30 dB in every channel; {size}" in result.stdout
+    assert "layers/g8x8-p1-c192  (row 1536, tap 2, token 65, channel 192)  int8, compact  25 kB a row" in result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("    tap")]
+    assert len(lines) == 3
+    for line, errors in zip(lines, [*layers["errors"], *total["errors"]], strict=True):
+        for part in ("patch", "prefix"):
+            found = errors[part]
+            assert f"{part} {found['worst_snr_db']:.1f} dB in channel {found['worst_channel']} " in line
+            assert f"median {found['median_snr_db']:.1f}" in line
+    assert "converted " not in result.stdout
+
+
+def test_inspect_of_a_converted_store_says_from_what(tmp_path, store, coded):
+    for old, new, *words in (
+        (store, "a", "--tier", "int8"),
+        (tmp_path / "a", "b", "--tier", "int8", "--layout", "fast"),
+        (tmp_path / "a", "c", "--tier", "int8", "--snr", "20"),
+    ):
+        assert coldtap("convert", old, tmp_path / new, *words).exit_code == 0
+    shown = {name: coldtap("inspect", tmp_path / name).stdout for name in "abc"}
+    digests = {name: open_store(path).digest[:12] for name, path in (("store", store), ("a", tmp_path / "a"))}
+    assert f"converted  from float16, fast, digest {digests['store']}\n" in shown["a"]
+    assert f"converted  from int8, compact, digest {digests['a']}, with its codes\n" in shown["b"]
+    stay = "whose errors (30 dB in every channel) stay beside those below"
+    assert f"converted  from int8, compact, digest {digests['a']}, {stay}\n" in shown["c"]
+    origin = json.loads(coldtap("inspect", tmp_path / "b", "--json").stdout)["recorded"]["converted_from"]
+    assert origin["address"] == open_store(tmp_path / "a").recipe.address
+    assert origin["converted_from"]["tier"] == "float16"
+    (tmp_path / "b" / MANIFEST).unlink()
+    assert "run the same coldtap convert command to go on" in coldtap("inspect", tmp_path / "b").stdout
+
+
+def test_an_adaptor_trains_from_a_converted_store_like_from_any(tmp_path, store):
+    assert coldtap("convert", store, tmp_path / "s", "--tier", "int8").exit_code == 0
+    options = ("--adaptor", "linear", "--out", tmp_path / "run", "--epochs", "10", "--lr", "0.01", "--device", "cpu")
+    result = coldtap("train-adaptor", tmp_path / "s", *options)
+    assert result.exit_code == 0, result.stderr
+    assert "test 1.0000" in result.stdout
 
 
 # train-adaptor

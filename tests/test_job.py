@@ -16,7 +16,6 @@ from PIL import Image
 
 from coldtap.pipeline.job import cache_features, choose_batch_size
 from coldtap.pipeline.preprocess import Augmentation
-from coldtap.pipeline.report import Silence
 from coldtap.stores import open_store
 from coldtap.stores.codes import SCALE_OF_STEP
 from coldtap.stores.errors import (
@@ -31,6 +30,7 @@ from coldtap.stores.errors import (
 )
 from coldtap.stores.lock import StoreLock
 from coldtap.stores.manifest import MANIFEST
+from coldtap.stores.reporting import Silence
 from coldtap.stores.verify import verify_store
 from coldtap.stores.writer import update_targets
 from tests.jobs import TAPS, TinyNet, cache, files, in_memory, read

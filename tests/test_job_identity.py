@@ -64,6 +64,7 @@ def test_a_row_order_digest_is_that_of_splits_and_ids(tmp_path):
     source = open_source(in_memory(train=6, val=3))
     backbone = load_backbone("coldtap/vit-reference")
     how = {"taps": "all", "gather": None, "sum_at": None, "tier": "float16", "split": None, "views": 0}
+    how |= {"layout": None, "bound": None}
 
     def order(splits, seed=0):
         plan = plan_job(source, backbone, splits=splits, augmentation=None, seed=seed, **how)

@@ -5,17 +5,23 @@ import os
 import shutil
 
 import google_crc32c
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from coldtap.cli.sizes import show_bytes
 from coldtap.stores import open_store
+from coldtap.stores.chunks import checksum, compress, decompress
+from coldtap.stores.codes import Scaling
 from coldtap.stores.errors import CorruptStoreError, IncompleteStoreError
+from coldtap.stores.escapes import CHUNK
 from coldtap.stores.manifest import MANIFEST, file_entry
 from coldtap.stores.verify import verify_store
 from tests.jobs import cache, coldtap, error_line, files, in_memory
 from tests.pictures import encoded, picture, write_classes
+from tests.synthetic import synthetic_store
 
 LAYERS = "features.zarr/layers/g2x2-p0-c4"
 TRAIN, VAL = f"{LAYERS}/c/0/0/0/0", f"{LAYERS}/c/1/0/0/0"
@@ -323,3 +329,168 @@ def test_an_image_that_has_changed_since_is_named(folder, tmp_path):
         f"{images}/val/bee/1.png: the image of sample 'val/bee/1.png' has changed since it was cached",
     ]
     assert lines[-1].endswith("3 problems")
+
+
+# Shards whose index does not fit their bytes, though its checksum holds
+
+N_ENTRIES = 512 * 2  # rows of a block, taps
+
+
+def with_index(store, change, tail=b""):
+    """Write the first shard with another index, and its digest into the manifest."""
+    data = (store / TRAIN).read_bytes()
+    n_index = N_ENTRIES * 16 + 4
+    entries = np.frombuffer(data[-n_index:-4], "<u8").reshape(N_ENTRIES, 2).copy()
+    change(entries)
+    index = entries.tobytes()
+    index += google_crc32c.value(index).to_bytes(4, "little")
+    (store / TRAIN).write_bytes(data[:-n_index] + tail + index)
+    relist(store, TRAIN)
+
+
+def overlapping(entries):
+    entries[3, 0] -= 8
+
+
+def swapped(entries):
+    entries[[2, 4]] = entries[[4, 2]]
+
+
+def after_a_gap(entries):
+    entries[5:16, 0] += 16
+
+
+@pytest.mark.parametrize(
+    ("change", "tail", "what"),
+    [
+        (overlapping, b"", f"row 1, tap 2: the shard's index has the chunk at byte {3 * 68 - 8}, before the end of"),
+        (
+            swapped,
+            b"",
+            f"row 1, tap 0: the shard's index has the chunk at byte {4 * 68}, after a gap, not at the end of",
+        ),
+        (after_a_gap, b"\0" * 16, "row 2, tap 2: the shard's index has the chunk at byte 356, after a gap, not at"),
+        (lambda entries: None, b"hidden", f"the shard's index leaves bytes {16 * 68} to {16 * 68 + 6} to no chunk"),
+    ],
+)
+def test_an_index_with_gaps_overlaps_or_bytes_of_no_chunk_is_found_out(store, change, tail, what):
+    assert (store / TRAIN).stat().st_size == 16 * CHUNK_BYTES + N_ENTRIES * 16 + 4
+    with_index(store, change, tail)
+    ((where, found),) = problems(store)
+    assert where == TRAIN
+    assert found.startswith(what)
+
+
+def relabelled(store, old, new):
+    """The manifest with another line in place of one."""
+    lines = (store / MANIFEST).read_text().splitlines()
+    assert old in lines
+    lines = [line for line in lines if line != old] + [line for line in [new] if line]
+    (store / MANIFEST).write_text("\n".join(sorted(lines, key=lambda line: line.split(" ", 2)[2])) + "\n")
+
+
+def test_a_manifest_that_lies_about_a_taps_bytes_is_found_out(store):
+    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{TRAIN}#2")]
+    digest, n_bytes, name = line.split(" ")
+    relabelled(store, line, f"{digest} {int(n_bytes) + 1} {name}")
+    assert problems(store) == [(name, f"the tap has {n_bytes} bytes; the manifest says {int(n_bytes) + 1}")]
+
+
+@pytest.mark.parametrize("name", [f"{TRAIN}#1", f"{TRAIN}#", "recipe.json#0", f"{LAYERS}/c/9/0/0/0#0"])
+def test_a_manifest_with_a_tap_that_is_not_there_is_found_out(store, name):
+    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{TRAIN}#2")]
+    with (store / MANIFEST).open("a") as file:
+        file.write(f"{'0' * 64} 5 {name}\n")
+    relabelled(store, line, line)
+    assert problems(store) == [(name, "the manifest lists a tap that is not there")]
+
+
+def test_the_bytes_that_are_read_are_told(store):
+    begun, done = [], []
+    found = verify_store(store, begin=begun.append, advance=done.append)
+    assert begun == [found.n_bytes]
+    assert sum(done) == found.n_bytes
+
+
+# Codes, and what they do not hold
+
+ESCAPES = "features.zarr/escapes/layers/g2x3-p1-c8"
+
+
+@pytest.fixture
+def coded(tmp_path):
+    values = np.random.default_rng(0).standard_normal((20, 2, 7, 8)).astype(np.float32)
+    values[[1, 5, 8], 1, 3, 2] = 1e4
+    synthetic_store(
+        tmp_path / "coded",
+        values,
+        [0] * 20,
+        ["train"] * 20,
+        tier="int8",
+        layout="compact",
+        gathers={"layers": [0, 1]},
+        block_rows=4,
+        scaling={"layers/g2x3-p1-c8": Scaling(scale=np.full((2, 8), 0.1, "f4"), offset=np.zeros((2, 8), "f4"))},
+    )
+    assert problems(tmp_path / "coded") == []
+    return tmp_path / "coded"
+
+
+def rewrite_list(store, change):
+    """Change the positions of the first list of escapes, and what its checksum and the manifest say of it."""
+    name = min(name for name in files(store) if name.startswith(f"{ESCAPES}/position/c/"))
+    frame = decompress((store / name).read_bytes()[:-4], CHUNK * 4 * 4)
+    position = np.frombuffer(frame, "<u4").reshape(CHUNK, 4).copy()
+    change(position)
+    frame = compress(position)
+    (store / name).write_bytes(frame + checksum(frame))
+    relist(store, name)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_an_escape_that_points_outside_its_block_is_found_out(coded, axis):
+    def far(position):
+        position[0, axis] = 1000
+
+    rewrite_list(coded, far)
+    ((where, what),) = problems(coded)
+    assert where == ESCAPES
+    assert "has an escape outside its rows" in what
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("position", "shape", [5, 2 * 16384, 4]),
+        ("value", "data_type", "float64"),
+        ("value", "fill_value", 0.0),
+        ("position", "attributes", {"of": "sum/x", "axes": []}),
+        ("value", "codecs", [{"name": "bytes"}]),
+    ],
+)
+def test_metadata_of_escapes_that_does_not_fit_their_lists_is_found_out(coded, part, key, value):
+    name = f"{ESCAPES}/{part}/zarr.json"
+    metadata = json.loads((coded / name).read_text())
+    (coded / name).write_text(json.dumps({**metadata, key: value}))
+    relist(coded, name)
+    assert (name, f"{key}: not what the lists of this store need") in problems(coded)
+
+
+def test_every_byte_of_an_int8_store_counts(coded):
+    for number, (name, data) in enumerate(files(coded).items()):
+        if name == MANIFEST:
+            continue
+        flip(coded / name, (number * 7919) % len(data))
+        assert problems(coded), name
+        (coded / name).write_bytes(data)
+
+
+def test_the_command_shows_how_far_it_is(store, monkeypatch):
+    monkeypatch.setattr("coldtap.cli.progress.PLAIN_LINE_EVERY_S", 0.0)
+    result = coldtap("verify", store)
+    assert result.exit_code == 0
+    lines = result.stderr.splitlines()
+    total = sum(len(data) for name, data in files(store).items() if name != MANIFEST)
+    assert len(lines) == len(files(store)) - 1
+    assert lines[-1].startswith(f"{show_bytes(total)} of {show_bytes(total)}  ")
+    assert lines[-1].endswith("/s  0 s left")

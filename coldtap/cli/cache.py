@@ -56,7 +56,8 @@ def cache_features(
     views: Annotated[int, typer.Option(help="Augmented views of each training image, beside the plain one.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images a forward pass. Default: chosen by size.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    decode_threads: Annotated[int | None, typer.Option(help="Default: one a core.")] = None,
+    decode_threads: Annotated[int | None, typer.Option(help="Of all workers together. Default: one a core.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes that extract; the store's bytes do not depend on it.")] = 1,
     on_bad_image: Annotated[str, typer.Option(help="reject (the row is left out and listed) or fail.")] = "reject",
     max_rejected: Annotated[float, typer.Option(help="Share of samples beyond which the run fails.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the row order, of a val split cut from train, and of views.")] = 0,
@@ -111,6 +112,7 @@ def cache_features(
             seed=seed,
             batch_size=batch_size,
             decode_threads=decode_threads,
+            workers=workers,
             on_bad_image=on_bad_image,  # type: ignore[arg-type]
             max_rejected=max_rejected,
             allow_mixed=allow_mixed,

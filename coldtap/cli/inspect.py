@@ -1,12 +1,15 @@
 """`coldtap inspect STORE`."""
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.errors import show_errors, show_share
 from coldtap.cli.sizes import show_bytes
+from coldtap.stores.codes import describe_bound
 
 
 def inspect(
@@ -39,6 +42,8 @@ def _lines(about: dict[str, Any]) -> list[str]:
         f"made on    {', '.join(f'{k} {v}' for k, v in recorded['environment'].items())}",
         f"encoding   {encoding['tier']}, {encoding['layout']}, {encoding['block_rows']} rows a block",
     ]
+    if "converted_from" in recorded:
+        lines.append(f"converted  {_origin(about)}")
     if not about["complete"]:
         return lines
     lines += [f"digest     {about['digest']}", f"norm       {about['norm'] or 'none'}", ""]
@@ -56,7 +61,19 @@ def _lines(about: dict[str, Any]) -> list[str]:
 def _state(about: dict[str, Any]) -> str:
     if about["complete"]:
         return f"complete, {about['n_rows']} rows"
-    return f"incomplete: {about['finished_blocks']} blocks finished; run the same cache-features command to go on"
+    command = "coldtap convert" if "converted_from" in about["recorded"] else "cache-features"
+    return f"incomplete: {about['finished_blocks']} blocks finished; run the same {command} command to go on"
+
+
+def _origin(about: dict[str, Any]) -> str:
+    """The store that this one was converted from, and what its own errors were."""
+    origin = about["recorded"]["converted_from"]
+    text = f"from {origin['tier']}, {origin['layout']}, digest {origin['digest'][:12]}"
+    if origin["tier"] != "int8":
+        return text
+    if origin["scales"] == about["recipe"]["encoding"]["scales"]:
+        return f"{text}, with its codes"
+    return f"{text}, whose errors ({describe_bound(origin['scales'])}) stay beside those below"
 
 
 def _labels(labels: dict[str, int] | None) -> str:
@@ -70,10 +87,34 @@ def _labels(labels: dict[str, int] | None) -> str:
 def _array_lines(array: dict[str, Any]) -> list[str]:
     shape = ", ".join(f"{name} {n}" for name, n in zip(array["dimensions"], array["shape"], strict=True))
     lines = [
-        f"{array['name']}  ({shape})  {array['tier']}  {show_bytes(array['bytes_per_row'])} a row, "
-        f"{show_bytes(array['n_bytes'])}"
+        f"{array['name']}  ({shape})  {array['tier']}{', compact' if array['layout'] == 'compact' else ''}  "
+        f"{show_bytes(array['bytes_per_row'])} a row, {show_bytes(array['n_bytes'])}"
     ]
-    for tap, exponent, (low, high) in zip(array["taps"], array["scale_exponents"], array["ranges"], strict=False):
-        scale = f"  kept as x / 2^{exponent}" if exponent else ""
-        lines.append(f"    tap {tap:>3}  {low:>10.4g} … {high:<10.4g}{scale}")
+    if "bound" in array:
+        lines.append(
+            f"    {array['bound']}; {array['bits_per_value']:.2f} bits a value on disk; {array['escapes']} escapes "
+            f"({show_share(array['escaped_share'])})"
+        )
+    parts = array["ranges"], array["errors"], array.get("escapes_by_tap", ())
+    for tap, exponent, (reach, errors, escapes) in zip(
+        array["taps"], array["scale_exponents"], zip_longest(*parts), strict=False
+    ):
+        lines.append(f"    tap {tap:>3}{_reach(reach)}{_kept(exponent)}{_errors(errors)}{_escapes(escapes)}")
     return lines
+
+
+def _reach(reach: list[float] | None) -> str:
+    return f"  {reach[0]:>10.4g} … {reach[1]:<10.4g}" if reach else ""
+
+
+def _kept(exponent: int) -> str:
+    return f"  kept as x / 2^{exponent}" if exponent else ""
+
+
+def _errors(errors: dict[str, Any] | None) -> str:
+    """Measured when the store was made, on rows that set no scales: worst channel, and median."""
+    return f"  {show_errors(errors)}" if errors else ""
+
+
+def _escapes(escapes: int | None) -> str:
+    return f"  {escapes} escapes" if escapes else ""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import typer
 
 from coldtap.cli.cache import cache_features
+from coldtap.cli.convert import convert
 from coldtap.cli.inspect import inspect
 from coldtap.cli.predict import predict
 from coldtap.cli.signals import STOPPED
@@ -64,6 +65,7 @@ app = _app(HELP)
 app.command("cache-features")(guarded(cache_features))
 app.command("train-adaptor")(guarded(train_adaptor))
 app.command("predict")(guarded(predict))
+app.command("convert")(guarded(convert))
 app.command("inspect")(guarded(inspect))
 app.command("verify")(guarded(verify))
 

@@ -17,10 +17,16 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
+    from coldtap.cli.progress import WorkProgress
     from coldtap.stores import open_store
     from coldtap.stores.verify import source_problems, verify_store
 
-    result = verify_store(store)
+    with WorkProgress() as progress:
+
+        def begin(n_bytes: int) -> None:
+            progress.start(n_bytes, lambda done, rate: _progress(done, n_bytes, rate), last_line=False)
+
+        result = verify_store(store, begin=begin, advance=progress.advance)
     problems = list(result.problems)
     if source is not None and not problems:
         opened = open_store(store)
@@ -37,6 +43,10 @@ def verify(
         print(f"{store}: {checked} checked{' against its source too' if source else ''}: {verdict}")
     if problems:
         raise typer.Exit(1)
+
+
+def _progress(done: int, total: int, rate: float) -> str:
+    return f"{show_bytes(done)} of {show_bytes(total)}  {show_bytes(rate)}/s"
 
 
 def _digests_of(source: Path, store: Any) -> Any:

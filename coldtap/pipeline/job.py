@@ -1,35 +1,42 @@
 """The job: from a source of images to a complete store, resumable at every block."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from coldtap.pipeline.backbone import Backbone, Precision, load_backbone
+from coldtap.pipeline.assignment import Assignment
+from coldtap.pipeline.backbone import Backbone, Precision
 from coldtap.pipeline.calibrate import Calibration, calibrate
 from coldtap.pipeline.decode_ahead import Decoder
+from coldtap.pipeline.description import JobDescription
 from coldtap.pipeline.environment import describe_environment, require_same_environment
 from coldtap.pipeline.extract import Extraction
-from coldtap.pipeline.forecast import Forecast, forecast, require_space
-from coldtap.pipeline.plan import JobPlan, plan_job
+from coldtap.pipeline.plan import JobPlan
 from coldtap.pipeline.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.rejections import Rejections
-from coldtap.pipeline.report import CacheReport, Reporter, Silence
+from coldtap.pipeline.report import CacheReport
 from coldtap.pipeline.run_blocks import run_blocks
-from coldtap.pipeline.sources import Listing, Source, open_source
-from coldtap.pipeline.stopping import StopRequest, stop_on_signals
+from coldtap.pipeline.same_threads import batch_sizes, threads_with_the_same_features
+from coldtap.pipeline.sources import Listing, Source
+from coldtap.pipeline.sources.parquet import ParquetSource
 from coldtap.stores.arrays import Layout, Tier
 from coldtap.stores.codes import ErrorBound
 from coldtap.stores.durable import machine_errors
 from coldtap.stores.errors import InterruptedRunError, OptionError, StoreLockedError
-from coldtap.stores.journal import read_line
+from coldtap.stores.forecast import Forecast, forecast, require_space
+from coldtap.stores.journal import JournalLine, read_line
 from coldtap.stores.lock import StoreLock
 from coldtap.stores.recipe import Recipe
-from coldtap.stores.recipe_file import read_recipe, require_same_recipe
+from coldtap.stores.recipe_file import read_recipe, require_extraction, require_same_recipe
+from coldtap.stores.reporting import Reporter, Silence
+from coldtap.stores.stopping import StopRequest, stop_on_signals
 from coldtap.stores.store import open_store
 from coldtap.stores.stored_numbers import stored_numbers
 from coldtap.stores.writer import StoreWriter, has_other_targets, is_complete, update_targets
@@ -60,6 +67,7 @@ def cache_features(
     seed: int = 0,
     batch_size: int | None = None,
     decode_threads: int | None = None,
+    workers: int = 1,
     on_bad_image: Literal["reject", "fail"] = "reject",
     max_rejected: float = 0.01,
     allow_mixed: bool = False,
@@ -91,7 +99,9 @@ def cache_features(
         augmentation: how they are drawn.
         seed: of the row order, of a val split cut from train, and of the views.
         batch_size: images a forward pass; None goes on as the store began, or chooses.
-        decode_threads: None for one a core.
+        decode_threads: of all workers together; None for one a core.
+        workers: processes that do blocks; the bytes are those of one. More than one need a source and a model that
+            can be pickled, and in a script a call below `if __name__ == "__main__":`.
         on_bad_image: `reject` the row and go on, or `fail`.
         max_rejected: share of samples beyond which the job fails.
         allow_mixed: go on where another device, torch, timm or batch size began.
@@ -101,28 +111,21 @@ def cache_features(
     Raises:
         ColdtapError: one of its kinds (`coldtap.stores.errors`), always with what to do.
     """
-    _check_options(batch_size, decode_threads, max_rejected, on_bad_image)
+    _check_options(batch_size, decode_threads, workers, max_rejected, on_bad_image)
     told = reporter or Silence()
     path = Path(store)
     _refuse_store_in_source(path, source)
     found = read_recipe(path)
-    images = _as_source(source, seed)
-    for note in images.listing.notes:
-        told.note(note)
-    backbone = load_backbone(
-        model,
+    asked = JobDescription(
+        source=source,
+        model=model,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         random_weights=random_weights,
+        preprocess=preprocess,
+        tap_names=tap_names,
+        prefix_tokens=prefix_tokens,
         precision=precision,
         device=device,
-        preprocess=preprocess,
-        taps=tap_names,
-        prefix_tokens=prefix_tokens,
-    )
-    plan = plan_job(
-        images,
-        backbone,
-        splits=_splits(path, found[0] if found else None, images.listing),
         taps=taps,
         gather=gather,
         sum_at=sum_at,
@@ -134,11 +137,18 @@ def cache_features(
         augmentation=augmentation,
         seed=seed,
     )
+    images = asked.open_source()
+    for note in images.listing.notes:
+        told.note(note)
+    backbone = asked.load_backbone()
+    plan = asked.plan(images, backbone, _splits(path, found[0] if found else None, images.listing))
     if found is not None:
         require_same_recipe(path, found[0], plan.recipe)
         if is_complete(path):
             return _relabel(path, plan, dry_run=dry_run)
     began = found[1]["environment"] if found else {}
+    if found is not None:
+        require_extraction(path, found[1])
     size = batch_size or began.get("batch_size") or choose_batch_size(backbone)
     environment = describe_environment(backbone.device, size)
     if found is not None:
@@ -146,6 +156,8 @@ def cache_features(
     work = _Work(
         store=path,
         plan=plan,
+        n_workers=workers,
+        description=_for_workers(asked, images) if workers > 1 else b"",
         model=model if isinstance(model, str) else type(model).__name__,
         environment=environment,
         recorded=found[1] if found else None,
@@ -173,6 +185,8 @@ class _Work:
 
     store: Path
     plan: JobPlan
+    n_workers: int
+    description: bytes
     model: str
     environment: dict[str, Any]
     recorded: Mapping[str, Any] | None
@@ -191,7 +205,7 @@ class _Work:
         require_space(self.store, ahead)
         with machine_errors(self.store):
             self.store.mkdir(parents=True, exist_ok=True)
-        with StoreLock(self.store), stop_on_signals() as request, ThreadPoolExecutor(1, "device") as device:
+        with StoreLock(self.store), stop_on_signals() as request:
             self._require_alone()
             recorded = self.recorded or {
                 "environment": self.environment,
@@ -200,17 +214,14 @@ class _Work:
                 "errors": calibration.errors,
             }
             writer.start(recorded, stored_numbers(self.store, plan.specs) or calibration.numbers, plan.backbone.norm)
-            extraction = Extraction(
-                backbone=plan.backbone,
-                decoder=decoder,
-                device=device,
-                writer=writer,
-                environment=self.environment,
-                fail_on_bad_image=self.fail_on_bad_image,
-                advance=self.told.advance,
-                stop=request.event,
-            )
-            rejections = self._extract(extraction, todo, request)
+            rejections = self._count_earlier(todo)
+            run = self._here if min(self.n_workers, len(todo)) <= 1 else self._on_workers
+            try:
+                with closing(run(decoder, writer, todo, request)) as lines:
+                    for line in lines:
+                        rejections.count(line)
+            except InterruptedRunError:
+                raise self._interrupted(writer, request) from None
             digest = writer.finish(plan.source.listing.ids, plan.source.where, plan.targets())
         return CacheReport(
             store=self.store,
@@ -238,35 +249,88 @@ class _Work:
         if is_complete(self.store) or (self.recorded is None and read_recipe(self.store) is not None):
             raise StoreLockedError(f"another job wrote to {self.store} meanwhile: run the same command again")
 
-    def _extract(self, job: Extraction, todo: Sequence[int], request: StopRequest) -> Rejections:
-        """Do the missing blocks, and count the rejections of all."""
+    def _count_earlier(self, todo: Sequence[int]) -> Rejections:
+        """The rejections of blocks that are there already."""
         rejections = Rejections(self.plan.rows, self.plan.source, self.max_rejected)
-        n_blocks = self.plan.rows.n_blocks
-        for block in sorted(set(range(n_blocks)) - set(todo)):
+        for block in sorted(set(range(self.plan.rows.n_blocks)) - set(todo)):
             if line := read_line(self.store, block):
                 rejections.count(line)
-        try:
-            for line in run_blocks(job, todo):
-                rejections.count(line)
-        except InterruptedRunError:
-            there = len(job.writer.finished_blocks())
-            raise request.error(
-                f"stopped: {there} of {n_blocks} blocks of {self.store} are there and stay; "
-                "run the same command to go on"
-            ) from None
-        job.spare_buffers.clear()
         return rejections
 
+    def _here(
+        self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest
+    ) -> Generator[JournalLine]:
+        """Do blocks in this process."""
+        with ThreadPoolExecutor(1, "device") as device:
+            job = Extraction(
+                backbone=self.plan.backbone,
+                decoder=decoder,
+                device=device,
+                writer=writer,
+                environment=self.environment,
+                fail_on_bad_image=self.fail_on_bad_image,
+                advance=self.told.advance,
+                stop=request.event,
+            )
+            yield from run_blocks(job, todo)
 
-def _check_options(batch_size: int | None, decode_threads: int | None, max_rejected: float, on_bad_image: str) -> None:
+    def _on_workers(
+        self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest
+    ) -> Generator[JournalLine]:
+        """Do blocks in worker processes, which share the threads that this one would have used."""
+        from coldtap.pipeline.cluster import run_on_workers  # dask and its libraries take a second to import
+
+        n_workers = min(self.n_workers, len(todo))
+        own = torch.get_num_threads()
+        sizes = batch_sizes(self.plan.rows, decoder.batch_size)
+        n_threads = threads_with_the_same_features(self.plan.backbone, sizes, max(1, own // n_workers))
+        if n_threads * n_workers > own > 1:
+            self.told.note(
+                f"each of {n_workers} workers runs {n_threads} torch threads on cores for {own}: with fewer the "
+                "features would differ in their last bits; fewer --workers may be as fast"
+            )
+        source = decoder.source
+        assignment = Assignment(
+            description=self.description,
+            store=self.store,
+            recipe=self.plan.recipe,
+            environment=self.environment,
+            batch_size=decoder.batch_size,
+            decode_threads=max(1, decoder.n_threads // n_workers),
+            torch_threads=n_threads,
+            fail_on_bad_image=self.fail_on_bad_image,
+            spool=source.share_spool() if isinstance(source, ParquetSource) else None,
+        )
+        yield from run_on_workers(
+            assignment, self.plan.rows, todo, n_workers, advance=self.told.advance, stop=request.event
+        )
+
+    def _interrupted(self, writer: StoreWriter, request: StopRequest) -> InterruptedRunError:
+        n_there, n_blocks = len(writer.finished_blocks()), self.plan.rows.n_blocks
+        return request.error(
+            f"stopped: {n_there} of {n_blocks} blocks of {self.store} are there and stay; run the same command to go on"
+        )
+
+
+def _check_options(
+    batch_size: int | None, decode_threads: int | None, workers: int, max_rejected: float, on_bad_image: str
+) -> None:
     if batch_size is not None and batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
     if decode_threads is not None and decode_threads < 1:
         raise OptionError(f"--decode-threads {decode_threads}: give at least 1")
+    if workers < 1:
+        raise OptionError(f"--workers {workers}: give at least 1 process")
     if not 0 <= max_rejected <= 1:
         raise OptionError(f"--max-rejected {max_rejected}: give a share from 0 to 1")
     if on_bad_image not in ("reject", "fail"):
         raise OptionError(f"--on-bad-image {on_bad_image}: choose reject or fail")
+
+
+def _for_workers(asked: JobDescription, images: Source) -> bytes:
+    """Workers list a path themselves; what Python code gives may take long to list, and travels listed."""
+    is_path = isinstance(asked.source, (str, os.PathLike))
+    return (asked if is_path else replace(asked, source=images)).dumps()
 
 
 def _refuse_store_in_source(store: Path, source: Any) -> None:
@@ -275,13 +339,6 @@ def _refuse_store_in_source(store: Path, source: Any) -> None:
         folder, inside = Path(source).resolve(), store.resolve()
         if inside.is_relative_to(folder):
             raise OptionError(f"{store} lies inside {source}, which is read as images: give a path outside it")
-
-
-def _as_source(source: Any, seed: int) -> Source:
-    if hasattr(source, "listing") and hasattr(source, "read"):
-        opened: Source = source
-        return opened
-    return open_source(source, seed=seed)
 
 
 def _splits(path: Path, recipe: Recipe | None, listing: Listing) -> Sequence[str]:

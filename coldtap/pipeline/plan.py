@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coldtap.pipeline.backbone import Backbone
-from coldtap.pipeline.calibrate import calibration_rows
 from coldtap.pipeline.preprocess import Augmentation
 from coldtap.pipeline.sources import Source
 from coldtap.pipeline.tap_choice import choose_gathers
-from coldtap.stores.arrays import LAYOUTS, TIERS, ArraySpec, Layout, Tier, plan_arrays
-from coldtap.stores.codes import DEFAULT_SNR_DB, ErrorBound
+from coldtap.stores.arrays import ArraySpec, Layout, Tier, plan_arrays
+from coldtap.stores.codes import ErrorBound
+from coldtap.stores.encoding import Encoding
 from coldtap.stores.errors import OptionError
 from coldtap.stores.index import targets_bytes
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import SPLITS, RowPlan
-from coldtap.stores.tiers import scales_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +62,7 @@ def plan_job(
         OptionError: a choice that the source or the backbone does not allow.
         ModelError: a tap that the backbone does not have.
     """
-    if tier not in TIERS:
-        raise OptionError(f"--tier {tier}: choose one of {', '.join(TIERS)}")
-    if bound is not None and tier != "int8":
-        raise OptionError(f"--snr and --max-error bound the errors of --tier int8; --tier {tier} was asked for")
-    if layout is not None and layout not in LAYOUTS:
-        raise OptionError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
+    encoding = Encoding.choose(tier, layout, bound)
     if views < 0:
         raise OptionError(f"--views {views}: give 0 or more augmented views of each training image")
     gather = [gather] if isinstance(gather, str) else gather
@@ -78,8 +72,7 @@ def plan_job(
     # One stream of tokens that every block adds to: without it a sum of taps means nothing.
     one_stream = not backbone.taps.stages and len(set(backbone.geometries.values())) == 1
     gathers = choose_gathers(gather, taps, sum_at, depth=backbone.depth, one_stream=one_stream)
-    bound = (bound or ErrorBound(snr_db=DEFAULT_SNR_DB)) if tier == "int8" else None
-    specs = plan_arrays(backbone.geometries, gathers, tier, layout or ("compact" if bound else "fast"))
+    specs = plan_arrays(backbone.geometries, gathers, encoding.tier, encoding.layout)
     listing = source.listing
     present = set(splits)
     rows = RowPlan.of(
@@ -102,13 +95,7 @@ def plan_job(
             "views": views,
             "augmentation": drawn.to_dict() if views else None,
         },
-        encoding={
-            "gathers": {name: list(chosen) for name, chosen in gathers.items()},
-            "tier": tier,
-            "scales": scales_rule(bound, calibration_rows(specs)),
-            "layout": layout or ("compact" if bound else "fast"),
-            "block_rows": rows.block_rows,
-        },
+        encoding=encoding.to_recipe(gathers, specs),
     )
     return JobPlan(
         source=source,
@@ -118,5 +105,5 @@ def plan_job(
         specs=specs,
         rows=rows,
         recipe=recipe,
-        bound=bound,
+        bound=encoding.bound,
     )

@@ -1,36 +1,10 @@
-"""What a job tells: while it runs, through a reporter, and at its end, as a report."""
+"""What a caching job tells at its end."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal
 
-from coldtap.pipeline.forecast import Forecast
-
-
-class Reporter(Protocol):
-    """Told what happens; the command line shows it."""
-
-    def note(self, text: str) -> None:
-        """A sentence that the user should read."""
-
-    def forecast(self, forecast: Forecast) -> None:
-        """What is left to do, before it starts."""
-
-    def advance(self, n_rows: int) -> None:
-        """Rows done since the last call."""
-
-
-class Silence:
-    """A reporter that says nothing."""
-
-    def note(self, text: str) -> None:
-        """Say nothing."""
-
-    def forecast(self, forecast: Forecast) -> None:
-        """Say nothing."""
-
-    def advance(self, n_rows: int) -> None:
-        """Say nothing."""
+from coldtap.stores.forecast import Forecast
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from coldtap.stores.arrays import ArraySpec, Gather, Geometry
 from coldtap.stores.codes import Scaling, scaling_of_taps
-from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError
+from coldtap.stores.errors import CorruptStoreError, MachineError, MissingFeaturesError, StoreError
 from coldtap.stores.escapes import EscapeReader
 from coldtap.stores.shard_files import ShardFile, ShardFiles
 from coldtap.stores.threads import Threads
@@ -18,7 +19,8 @@ from coldtap.stores.tiers import Numbers, restore
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
-LEAST_BYTES_A_THREAD = 1 << 17  # below, handing the work over costs more than it saves
+# Below, handing the work over costs more than it saves: a copy is a hundred times faster than decoding.
+LEAST_BYTES_A_THREAD = {"fast": 1 << 24, "compact": 1 << 17}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +57,17 @@ class StoredArray:
         """Hold what reading needs; `read` gives the small files that the manifest lists."""
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
         self._files, self._threads = files, threads
-        self._escapes = EscapeReader(spec, read) if spec.tier == "int8" else None
+        self._escapes = EscapeReader(spec, read, files.features) if spec.tier == "int8" else None
 
     @property
     def name(self) -> str:
         """Its path in `features.zarr`."""
         return self.spec.name
+
+    @property
+    def _where(self) -> Path:
+        """Its path, for errors."""
+        return self._files.features / self.name
 
     @property
     def gather(self) -> Gather:
@@ -112,11 +119,11 @@ class StoredArray:
         Raises:
             MissingFeaturesError: a row or tap is not there.
             CorruptStoreError: a chunk is missing, short, damaged or fails its checksum.
-            ValueError: `out` has another shape or dtype, or is not contiguous.
+            ValueError: `out` has another shape or dtype, is not contiguous or may not be written.
         """
         places = self._places(taps)
         wanted = self._check(out, rows, places, np.dtype(np.float32))
-        by_tap = out.reshape(len(wanted), -1, *self.row_shape[-2:], copy=False)
+        by_tap = out.reshape(len(wanted), len(places), *self.row_shape[-2:], copy=False)
         scaling = self.numbers.scaling
         numbers = Numbers(
             exponents=tuple(self.numbers.exponents[place] for place in places),
@@ -125,9 +132,10 @@ class StoredArray:
 
         def read(part: Rows) -> None:
             stored = np.empty((1, *by_tap.shape[1:]), self.spec.dtype)
-            for at, shard, row in self._located(wanted, part):
-                self._fetch(shard, row, places, stored[0])
-                restore(stored, by_tap[at : at + 1], self.spec.tier, numbers)
+            for shard, rows_of_shard, at in self._by_shard(wanted, part):
+                for row, place in zip(rows_of_shard, at, strict=True):
+                    self._fetch(shard, [row], places, stored, [0])
+                    restore(stored, by_tap[place : place + 1], self.spec.tier, numbers)
 
         self._in_threads(read, wanted, len(places))
         exceptions = self._exceptions(wanted, places)
@@ -149,15 +157,15 @@ class StoredArray:
         Raises:
             MissingFeaturesError: a row or tap is not there.
             CorruptStoreError: a chunk is missing, short, damaged or fails its checksum.
-            ValueError: `out` has another shape or dtype, or is not contiguous.
+            ValueError: `out` has another shape or dtype, is not contiguous or may not be written.
         """
         places = self._places(taps)
         wanted = self._check(out, rows, places, self.spec.dtype)
-        by_tap = out.reshape(len(wanted), -1, *self.row_shape[-2:], copy=False)
+        by_tap = out.reshape(len(wanted), len(places), *self.row_shape[-2:], copy=False)
 
         def read(part: Rows) -> None:
-            for at, shard, row in self._located(wanted, part):
-                self._fetch(shard, row, places, by_tap[at])
+            for shard, rows_of_shard, at in self._by_shard(wanted, part):
+                self._fetch(shard, rows_of_shard, places, by_tap, at)
 
         self._in_threads(read, wanted, len(places))
         return self._exceptions(wanted, places)
@@ -170,14 +178,16 @@ class StoredArray:
         for block in np.unique(blocks).tolist():
             try:
                 self._files.open(self.spec, block).will_need(places[blocks == block], chunks)
-            except CorruptStoreError:
+            except (StoreError, MachineError):
                 return
 
     def _places(self, taps: Sequence[int] | None) -> list[int]:
         if taps is None:
             return list(range(len(self.taps)))
         if missing := [tap for tap in taps if tap not in self.taps]:
-            raise MissingFeaturesError(f"{self.name} has no tap {missing[0]}; it holds {list(self.taps)}")
+            raise MissingFeaturesError(f"{self._where} has no tap {missing[0]}; it holds {list(self.taps)}")
+        if self.gather == "sum" and len(taps) != 1:
+            raise ValueError(f"{self._where} is one sum; taps {list(taps)} were asked for")
         return [self.taps.index(tap) for tap in taps]
 
     def _check(
@@ -185,20 +195,22 @@ class StoredArray:
     ) -> Rows:
         wanted = np.asarray(rows, np.int64)
         shape = (len(wanted), *(self.row_shape if self.gather == "sum" else (len(places), *self.row_shape[1:])))
-        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous {dtype} {shape}")
+        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+            raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous, writable {dtype} {shape}")
         outside = wanted[(wanted < 0) | (wanted >= self.n_rows)]
         if len(outside):
             raise MissingFeaturesError(
-                f"{self.name} has rows 0 to {self.n_rows - 1}; row {int(outside[0])} was asked for"
+                f"{self._where} has rows 0 to {self.n_rows - 1}; row {int(outside[0])} was asked for"
             )
         return wanted
 
     def _in_threads(self, read: Callable[[Rows], None], wanted: Rows, n_taps: int) -> None:
         """Read in parts of neighbouring rows, one a thread: places in `wanted`, in the order of the rows."""
+        if not len(wanted) or not n_taps:
+            return
         order = np.argsort(wanted, kind="stable")
         n_bytes = len(wanted) * self.bytes_per_row * n_taps // len(self.taps)
-        n_parts = max(1, min(self._threads.n_threads, n_bytes // LEAST_BYTES_A_THREAD, len(wanted)))
+        n_parts = max(1, min(self._threads.n_threads, n_bytes // LEAST_BYTES_A_THREAD[self.spec.layout], len(wanted)))
         if n_parts == 1:
             read(order)
             return
@@ -211,28 +223,30 @@ class StoredArray:
         for future in futures:
             future.result()
 
-    def _located(self, wanted: Rows, part: Rows) -> Iterator[tuple[int, ShardFile, int]]:
-        """(place in the buffer, shard, row of the shard) of some of the rows wanted."""
+    def _by_shard(self, wanted: Rows, part: Rows) -> Iterator[tuple[ShardFile, list[int], list[int]]]:
+        """(shard, rows of the shard, their places in the buffer) of some of the rows wanted, ascending."""
         blocks, rows = np.divmod(wanted[part], self.spec.block_rows)
-        shard, opened = None, -1
-        for at, block, row in zip(part.tolist(), blocks.tolist(), rows.tolist(), strict=True):
-            if shard is None or block != opened:
-                shard, opened = self._files.open(self.spec, block), block
-            yield at, shard, row
+        cuts = [0, *(np.flatnonzero(blocks[1:] != blocks[:-1]) + 1).tolist(), len(part)]
+        in_shard, places = rows.tolist(), part.tolist()
+        for start, end in pairwise(cuts if len(part) else []):
+            shard = self._files.open(self.spec, int(blocks[start]))
+            yield shard, in_shard[start:end], places[start:end]
 
-    def _fetch(self, shard: ShardFile, row: int, places: list[int], out: np.ndarray[Any, Any]) -> None:
-        """The stored numbers of one row: (tap, token, channel)."""
+    def _fetch(
+        self, shard: ShardFile, rows: list[int], places: list[int], out: np.ndarray[Any, Any], at: list[int]
+    ) -> None:
+        """Stored numbers of rows of one shard into `out` (row, tap, token, channel)."""
         if self.gather == "layers":
-            shard.read_row(row, places, memoryview(out).cast("B"))
-        elif len(places) == len(self.taps) and places == [*range(len(places))]:
-            shard.read_row(row, [0], memoryview(out).cast("B"))
+            shard.read_rows(rows, places, _as_chunks(out, len(places)), at)
+        elif places == [*range(len(self.taps))]:
+            shard.read_rows(rows, [0], _as_chunks(out, 1), at)
         else:
-            whole = np.empty(self.spec.chunk_bytes, np.uint8)
-            shard.read_row(row, [0], memoryview(whole))
-            out[:] = whole.view(self.spec.dtype).reshape(-1, *self.row_shape[-2:])[places]
+            whole = np.empty((len(rows), *self.row_shape), self.spec.dtype)
+            shard.read_rows(rows, [0], _as_chunks(whole, 1), [*range(len(rows))])
+            out[at] = whole[:, places]
 
     def _exceptions(self, wanted: Rows, places: list[int]) -> Exceptions:
-        parts = [*self._escaped(wanted, places)] if self._escapes else []
+        parts = [*self._escaped(wanted, places)] if self._escapes and not self._escapes.is_empty else []
         if not parts:
             return Exceptions(position=np.empty(0, np.int64), value=np.empty(0, np.float32))
         return Exceptions(
@@ -258,6 +272,11 @@ class StoredArray:
                 yield position, found.value[chosen[there]]
 
 
+def _as_chunks(values: np.ndarray[Any, Any], n_chunks: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of (row, tap, token, channel) numbers as (row, chunk, byte)."""
+    return values.reshape(len(values), n_chunks, -1, copy=False).view(np.uint8)
+
+
 def require_metadata(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) -> int:
     """Hold an array's metadata against what the recipe says of it; returns its number of rows.
 
@@ -274,18 +293,24 @@ def require_metadata(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) 
         **spec.geometry.to_dict(),
     }
     try:
-        n_rows, *row_shape = (int(n) for n in metadata["shape"])
-        sharding = metadata["codecs"][0]["configuration"]
+        n_rows: int
+        n_rows, *row_shape = metadata["shape"]
+        (codec,) = metadata["codecs"]
+        sharding = codec["configuration"]
         same = (
-            tuple(row_shape) == spec.row_shape
+            type(n_rows) is int
+            and n_rows >= 0
+            and tuple(row_shape) == spec.row_shape
             and metadata["data_type"] == spec.dtype.name
+            and tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"]) == spec.shard_shape
             and tuple(sharding["chunk_shape"]) == spec.chunk_shape
+            and sharding.get("index_location", "end") == "end"
             and [codec["name"] for codec in sharding["codecs"]] == codecs
             and {key: metadata["attributes"][key] for key in attributes} == attributes
             and n_rows % spec.block_rows == 0
         )
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CorruptStoreError(f"{where}: not the metadata of a coldtap array ({error!r})") from error
     if not same:
         raise CorruptStoreError(f"{where}: shape, codecs or attributes are not what the recipe says")
-    return n_rows
+    return int(n_rows)

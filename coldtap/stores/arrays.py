@@ -186,6 +186,23 @@ def _arrays_of(
     return [(geometry, tuple(members)) for geometry, members in together.items()]
 
 
+def geometries_of_recipe(extractor: Mapping[str, Any]) -> dict[int, Geometry]:
+    """The geometry of every tap of the backbone, as its recipe has it."""
+    return {tap: _geometry(about) for tap, about in enumerate(extractor["taps"])}
+
+
+def _geometry(about: Mapping[str, Any]) -> Geometry:
+    height, width = about["grid"]
+    _require_whole(height, width, about["channels"], least=1)
+    _require_whole(about["prefix_tokens"], least=0)
+    return Geometry(grid=(height, width), prefix_tokens=about["prefix_tokens"], channels=about["channels"])
+
+
+def _require_whole(*numbers: Any, least: int) -> None:
+    if not all(type(number) is int and number >= least for number in numbers):
+        raise ValueError(f"{numbers} are not whole numbers from {least}")
+
+
 def arrays_of_recipe(extractor: Mapping[str, Any], encoding: Mapping[str, Any], *, where: str) -> tuple[ArraySpec, ...]:
     """The arrays that a recipe asks for.
 
@@ -199,12 +216,14 @@ def arrays_of_recipe(extractor: Mapping[str, Any], encoding: Mapping[str, Any], 
                 f"{where}: tier {tier!r} in layout {layout!r}; this coldtap reads tiers {', '.join(TIERS)} in layouts "
                 f"{', '.join(LAYOUTS)}"
             )
-        geometries = {
-            tap: Geometry.from_dict({key: about[key] for key in ("grid", "prefix_tokens", "channels")})
-            for tap, about in enumerate(extractor["taps"])
-        }
-        gathers = {gather: tuple(map(int, taps)) for gather, taps in encoding["gathers"].items()}
+        geometries = geometries_of_recipe(extractor)
+        gathers = {gather: tuple(taps) for gather, taps in encoding["gathers"].items()}
+        for taps in gathers.values():
+            _require_whole(*taps, least=0)
+            if len({*taps}) < len(taps):
+                raise ValueError(f"a tap stands twice in {taps}")
+        _require_whole(encoding["block_rows"], least=1)
         specs = plan_arrays(geometries, gathers, tier, layout)
-        return tuple(replace(spec, block_rows=int(encoding["block_rows"])) for spec in specs)
+        return tuple(replace(spec, block_rows=encoding["block_rows"]) for spec in specs)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OptionError) as error:
         raise CorruptStoreError(f"{where}: its recipe does not describe the arrays of a store ({error!r})") from error

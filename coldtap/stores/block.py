@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.codes import Escapes, Floats, encode
+from coldtap.stores.codes import Encoded, Escapes, Floats, encode
 from coldtap.stores.shards import Mask, ShardBuffer
 from coldtap.stores.tiers import Numbers, to_float
 
@@ -32,13 +32,21 @@ class ArrayBuffer:
             values: (row, tap, token, channel) float32, finite; a `sum` has one tap.
             rows: their places in the block, ascending and consecutive.
         """
-        part = slice(rows[0], rows[-1] + 1)
-        stored = self.shard.values[part]
+        stored = self.shard.values[rows[0] : rows[-1] + 1]
         if self.spec.tier != "int8":
             stored[:] = to_float(values, self.spec.tier, self.numbers.exponents).reshape(stored.shape)
             return
         assert self.numbers.scaling is not None
-        encoded = encode(values, self.numbers.scaling)
+        self.put_codes(encode(values, self.numbers.scaling), rows)
+
+    def put_codes(self, encoded: Encoded, rows: Sequence[int]) -> None:
+        """Keep codes as they are in some rows of an int8 block.
+
+        Args:
+            encoded: codes (row, tap, token, channel) made with this array's scaling, and their escapes.
+            rows: their places in the block, ascending and consecutive.
+        """
+        stored = self.shard.values[rows[0] : rows[-1] + 1]
         stored[:] = encoded.codes.reshape(stored.shape)
         position = encoded.escapes.position + np.array([rows[0], 0, 0, 0], np.uint32)
         self.escapes.append(Escapes(position=position, value=encoded.escapes.value))

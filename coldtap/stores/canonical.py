@@ -23,6 +23,18 @@ def readable_json(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text that anyone may have written.
+
+    Raises:
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of the canonical JSON of a value, in hexadecimal."""
     return sha256(canonical_json(value))

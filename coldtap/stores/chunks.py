@@ -45,12 +45,18 @@ def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
         stated = zstandard.frame_content_size(frame)
         if stated != n_bytes:
             raise ValueError(f"it states {stated} bytes, not {n_bytes}")
-        if not hasattr(_contexts, "decompressor"):
-            _contexts.decompressor = zstandard.ZstdDecompressor()
-        data: bytes = _contexts.decompressor.decompress(frame, max_output_size=n_bytes, allow_extra_data=False)
+        data: bytes = decompressor().decompress(frame, max_output_size=n_bytes, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(str(error)) from error
     return data
+
+
+def decompressor() -> zstandard.ZstdDecompressor:
+    """This thread's own: it allocates what a frame states, so give it only frames that `decompress` has seen."""
+    if not hasattr(_contexts, "decompressor"):
+        _contexts.decompressor = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _contexts.decompressor
+    return found
 
 
 def largest_frame(n_bytes: int) -> int:

@@ -182,10 +182,17 @@ def encode(values: Floats, scaling: Scaling) -> Encoded:
         values: (row, tap, token, channel) float32, finite.
         scaling: of the array.
     """
-    steps = np.rint((values - scaling.offset[:, None]) / scaling.scale[:, None])
-    position = np.argwhere(np.abs(steps) > MAX_CODE).astype(np.uint32)
-    escapes = Escapes(position=position, value=values[tuple(position.T)])
-    return Encoded(codes=np.clip(steps, -MAX_CODE, MAX_CODE).astype(np.int8), escapes=escapes)
+    steps = values - scaling.offset[:, None]
+    np.divide(steps, scaling.scale[:, None], out=steps)
+    np.rint(steps, out=steps)
+    beyond = np.empty(0, np.int64)
+    # One look at the extremes is cheaper than a mask, and most rows have no escape.
+    if steps.size and (steps.max() > MAX_CODE or steps.min() < -MAX_CODE):
+        beyond = np.flatnonzero(np.abs(steps) > MAX_CODE)
+        np.clip(steps, -MAX_CODE, MAX_CODE, out=steps)
+    position = np.stack(np.unravel_index(beyond, values.shape), axis=1).astype(np.uint32)
+    escapes = Escapes(position=position, value=values.reshape(-1)[beyond])
+    return Encoded(codes=steps.astype(np.int8), escapes=escapes)
 
 
 def restore_codes(codes: Array, out: Floats, scaling: Scaling) -> None:
@@ -219,19 +226,34 @@ def measure_errors(values: Floats, scaling: Scaling, *, prefix_tokens: int) -> l
     restored = np.empty(values.shape, np.float32)
     restore_codes(encoded.codes, restored, scaling)
     restored[tuple(encoded.escapes.position.T)] = encoded.escapes.value
+    found = worst_channels(values, restored, prefix_tokens=prefix_tokens)
+    for place, about in enumerate(found):
+        error = np.abs(values[:, place].astype(np.float64) - restored[:, place])
+        escaped = encoded.escapes.position[:, 1] == place
+        about["largest_error_of_step"] = float((error / (2 * bound_of(scaling)[place])).max())
+        about["escaped"] = float(escaped.sum() / error.size)
+    return found
+
+
+def worst_channels(values: Floats, restored: Floats, *, prefix_tokens: int) -> list[dict[str, Any]]:
+    """The worst channel of every tap, prefix and patch tokens apart.
+
+    Args:
+        values: (row, tap, token, channel) as they were.
+        restored: the same as they are kept.
+        prefix_tokens: tokens before the patches.
+    """
     found = []
     for place in range(values.shape[1]):
         error = values[:, place].astype(np.float64) - restored[:, place]
         _, variance = robust_moments(values[:, place].reshape(-1, values.shape[-1]))
-        about: dict[str, Any] = {
-            part: _worst(error[:, tokens], variance)
-            for part, tokens in (("patch", slice(prefix_tokens, None)), ("prefix", slice(prefix_tokens)))
-            if error[:, tokens].size
-        }
-        escaped = encoded.escapes.position[:, 1] == place
-        about["largest_error_of_step"] = float((np.abs(error) / (2 * bound_of(scaling)[place])).max())
-        about["escaped"] = float(escaped.sum() / error.size)
-        found.append(about)
+        found.append(
+            {
+                part: _worst(error[:, tokens], variance)
+                for part, tokens in (("patch", slice(prefix_tokens, None)), ("prefix", slice(prefix_tokens)))
+                if error[:, tokens].size
+            }
+        )
     return found
 
 

@@ -1,10 +1,15 @@
 """What `inspect` shows of a store, complete or not."""
 
 from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from coldtap.stores.codes import describe_bound
 from coldtap.stores.errors import StoreError
+from coldtap.stores.escapes import EscapeReader
 from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, read_table
 from coldtap.stores.journal import JOURNAL, read_line
 from coldtap.stores.manifest import FEATURES, files_of
@@ -64,8 +69,8 @@ def _split(store: Store, split: str) -> dict[str, Any]:
 
 def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
     array = store.arrays[name]
-    shards = [file for file in files if file.startswith(f"{FEATURES}/{name}/c/")]
-    return {
+    n_bytes = _bytes_below(store, f"{name}/c/", files)
+    about = {
         "name": name,
         "shape": [array.n_rows, *array.row_shape],
         "dimensions": list(array.spec.dimensions),
@@ -75,9 +80,45 @@ def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
         "scale_exponents": list(array.numbers.exponents),
         "errors": store.recorded.get("errors", {}).get(name, []),
         "bytes_per_row": array.bytes_per_row,
-        "n_bytes": sum((store.path / file).stat().st_size for file in shards),
+        "n_bytes": n_bytes,
         "ranges": _ranges(store, name, len(array.taps)),
     }
+    return about | _codes(store, name, files, n_bytes) if array.spec.tier == "int8" else about
+
+
+def _codes(store: Store, name: str, files: set[str], n_bytes: int) -> dict[str, Any]:
+    """What an int8 array takes on disk, and how many values its codes do not hold."""
+    array = store.arrays[name]
+    n_values = store.n_rows * prod(array.row_shape)
+    escapes = _count_escapes(store, name)
+    beside = sum(_bytes_below(store, f"{folder}/{name}/", files) for folder in ("escapes", "scales"))
+    return {
+        "bound": describe_bound(store.recipe.encoding["scales"]),
+        "n_bytes_beside": beside,
+        "bits_per_value": 8 * (n_bytes + beside) / max(n_values, 1),
+        "escapes": sum(escapes),
+        "escapes_by_tap": escapes,
+        "escaped_share": sum(escapes) / max(n_values, 1),
+    }
+
+
+def _bytes_below(store: Store, prefix: str, files: set[str]) -> int:
+    return sum((store.path / file).stat().st_size for file in files if file.startswith(f"{FEATURES}/{prefix}"))
+
+
+def _count_escapes(store: Store, name: str) -> list[int]:
+    """Escapes of each tap over all blocks."""
+    array = store.arrays[name]
+
+    def read(key: str) -> bytes | None:
+        file = f"{FEATURES}/{key}"
+        return store.read_file(file) if store.manifest.find(file) else None
+
+    reader = EscapeReader(array.spec, read, store.path / FEATURES)
+    counts = np.zeros(len(array.taps), np.int64)
+    for block in range(array.n_rows // array.spec.block_rows):
+        counts += np.bincount(reader.of_block(block).place, minlength=len(counts))
+    return [int(n) for n in counts]
 
 
 def _ranges(store: Store, name: str, n_taps: int) -> list[list[float]]:

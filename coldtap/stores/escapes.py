@@ -11,16 +11,16 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.chunks import CRC_BYTES, ZSTD_LEVEL, checksum, compress, decompress
+from coldtap.stores.chunks import CRC_BYTES, checksum, compress, decompress
 from coldtap.stores.codes import Escapes
 from coldtap.stores.errors import CorruptStoreError
+from coldtap.stores.stored_numbers import read_metadata
 from coldtap.stores.threads import renew_after_fork
 
 CHUNK = 16_384
@@ -64,25 +64,6 @@ def _sealed(values: np.ndarray[Any, Any]) -> bytes:
     return frame + checksum(frame)
 
 
-def create_escape_arrays(root: zarr.Group, spec: ArraySpec, n_blocks: int, n_chunks: int) -> None:
-    """Create the two arrays' metadata; `n_chunks` is the number of chunks of the longest list."""
-    codecs = [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()]
-    n_axes = len(spec.dimensions)
-    for name, axes, dtype, fill in (("position", (n_axes,), "<u4", NOWHERE), ("value", (), "<f4", float("nan"))):
-        root.create_array(
-            f"escapes/{spec.name}/{name}",
-            shape=(n_blocks, n_chunks * CHUNK, *axes),
-            chunks=(1, CHUNK, *axes),
-            dtype=dtype,
-            serializer=BytesCodec(endian="little"),
-            compressors=codecs,
-            filters=None,
-            fill_value=fill,
-            dimension_names=("block", "escape", "axis")[: 2 + len(axes)],
-            attributes={"of": spec.name, "axes": list(spec.dimensions)},
-        )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEscapes:
     """A block's list, by row.
@@ -107,14 +88,24 @@ class BlockEscapes:
 class EscapeReader:
     """The lists of one array, those of a bounded number of blocks at a time; thread-safe.
 
-    `read` gives the bytes of a file of the store that the manifest lists, or None where it lists none.
+    `is_empty` says that no block has any. `read` gives the bytes of a file of the store that the manifest lists,
+    or None where there is none; errors name the file under `features`.
     """
 
-    def __init__(self, spec: ArraySpec, read: Callable[[str], bytes | None]) -> None:
+    def __init__(self, spec: ArraySpec, read: Callable[[str], bytes | None], features: Path) -> None:
         self._spec = spec
         self._read = read
+        self._where = features / "escapes" / spec.name
+        self.is_empty = self._length(features) == 0
         self.renew()
         renew_after_fork(self)
+
+    def _length(self, features: Path) -> int:
+        """Escapes that the longest list has room for."""
+        match read_metadata(self._read, f"escapes/{self._spec.name}/position", features).get("shape"):
+            case [int(), int() as length, int()]:
+                return length
+        raise CorruptStoreError(f"{self._where}/position/zarr.json is not the metadata of a list of escapes")
 
     def renew(self) -> None:
         """Forget every list."""
@@ -147,10 +138,10 @@ class EscapeReader:
         first = np.array([block * spec.block_rows, *[0] * (n_axes - 1)])
         position = position - first
         if (position < 0).any() or (position >= (spec.block_rows, *spec.row_shape)).any():
-            raise CorruptStoreError(f"escapes/{spec.name}: block {block} has an escape outside its rows")
+            raise CorruptStoreError(f"{self._where}: block {block} has an escape outside its rows")
         row, *tap, token, channel = position.T
         if (np.diff(row) < 0).any():
-            raise CorruptStoreError(f"escapes/{spec.name}: block {block} is not in the order of its rows")
+            raise CorruptStoreError(f"{self._where}: block {block} is not in the order of its rows")
         return BlockEscapes(
             start=np.searchsorted(row, np.arange(spec.block_rows + 1)),
             place=tap[0] if tap else np.zeros_like(row),
@@ -162,7 +153,7 @@ class EscapeReader:
         number = 0
         while (data := self._read(position_key(self._spec, block, number))) is not None:
             values = self._read(value_key(self._spec, block, number))
-            where = f"escapes/{self._spec.name}: block {block}, chunk {number}"
+            where = f"{self._where}: block {block}, chunk {number}"
             if values is None:
                 raise CorruptStoreError(f"{where}: its values are missing")
             position = np.frombuffer(_opened(data, CHUNK * n_axes * 4, where), "<u4").reshape(CHUNK, n_axes)

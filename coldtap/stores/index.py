@@ -1,6 +1,7 @@
 """The tables beside the features: which sample a row is, what was rejected, and the targets."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,13 +13,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from coldtap.stores.canonical import parse_json
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import CorruptStoreError
+from coldtap.stores.files import open_regular
 
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.parquet"
 TARGETS = "targets"
 ROWS_A_GROUP = 65_536
+MOST_LINES_A_BYTE = 8  # every line has an id of its own: no compression brings it below a bit
 SAMPLES_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -40,6 +44,7 @@ REJECTED_SCHEMA = pa.schema(
         ("tap", pa.int32()),
     ]
 )
+NULLABLE = {"tap"}
 TARGETS_SCHEMA = pa.schema([("sample_id", pa.string()), ("target", pa.int64())])
 
 
@@ -122,9 +127,19 @@ def read_targets(path: Path) -> Targets:
     names, order = metadata.get(b"class_names"), metadata.get(b"order")
     return Targets(
         values=table["target"].to_numpy(),
-        class_names=tuple(json.loads(names)) if names else None,
-        order=None if order is None else order.decode(),
+        class_names=_class_names(path, names) if names else None,
+        order=None if order is None else order.decode(errors="replace"),
     )
+
+
+def _class_names(path: Path, data: bytes) -> tuple[str, ...]:
+    try:
+        names = parse_json(data)
+    except ValueError as error:
+        raise CorruptStoreError(f"{path}: its class names are not JSON ({error})") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CorruptStoreError(f"{path}: its class names are not a list of names")
+    return tuple(names)
 
 
 def same_targets(path: Path, data: bytes) -> bool:
@@ -143,10 +158,17 @@ def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = No
         CorruptStoreError: the file is missing, damaged or has other columns.
     """
     try:
+        os.close(open_regular(path))  # pyarrow would wait for the writer of a pipe
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             found = file.schema_arrow
             if not found.equals(schema, check_metadata=False):
                 raise CorruptStoreError(f"{path} has columns {found.names}; expected {schema.names} of their types")
-            return file.read(columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+            if file.metadata.num_rows > MOST_LINES_A_BYTE * path.stat().st_size:
+                raise CorruptStoreError(f"{path} claims {file.metadata.num_rows} lines, more than its bytes can hold")
+            table = file.read(columns=columns)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+    for name in {*table.column_names} - NULLABLE:
+        if table[name].null_count:
+            raise CorruptStoreError(f"{path}: a line has no {name}")
+    return table

@@ -14,10 +14,12 @@ from pathlib import Path
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import CorruptStoreError, IncompleteStoreError
 from coldtap.stores.faults import fault_point
+from coldtap.stores.files import open_regular, read_text_bytes
 
 MANIFEST = "manifest"
 FEATURES = "features.zarr"
 HASHED_AT_ONCE = 1 << 22  # bytes of a file in memory while it is hashed
+SHORTEST_LINE = len(f"{'0' * 64} 0 x\n")
 _LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\S.*)")
 
 
@@ -37,9 +39,14 @@ class Manifest:
         digest: SHA-256 of the whole: the store's digest.
     """
 
-    def __init__(self, path: Path, data: bytes) -> None:
+    def __init__(self, path: Path, data: bytes | bytearray) -> None:
         self._path, self._data = path, data
         self.digest = hashlib.sha256(data).hexdigest()
+
+    @property
+    def most_lines(self) -> int:
+        """No more lines than this; they are not counted."""
+        return len(self._data) // SHORTEST_LINE
 
     def find(self, name: str) -> Entry | None:
         """The entry of a name, by bisection over the sorted lines.
@@ -113,20 +120,28 @@ def read_manifest(store: Path) -> Manifest:
 
     Raises:
         IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
+        CorruptStoreError: it cannot be read.
     """
     path = store / MANIFEST
     try:
-        return Manifest(path, path.read_bytes())
+        return Manifest(path, read_text_bytes(path))
     except FileNotFoundError:
         raise IncompleteStoreError(
             f"{store} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
         ) from None
+    except OSError as error:
+        raise CorruptStoreError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def file_entry(store: Path, name: str) -> Entry:
-    """The manifest's entry of a file that is there, read piece by piece."""
+    """The manifest's entry of a file that is there, read piece by piece.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        CorruptStoreError: it is no regular file.
+    """
     digest, n_bytes = hashlib.sha256(), 0
-    with (store / name).open("rb", buffering=0) as file:
+    with open(open_regular(store / name), "rb", buffering=0) as file:
         while data := file.read(HASHED_AT_ONCE):
             digest.update(data)
             n_bytes += len(data)

@@ -16,7 +16,7 @@ from zarr.storage import MemoryStore
 from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import ZSTD_LEVEL
 from coldtap.stores.codes import ABSENT_CODE, SCALE_OF_STEP, Floats, Scaling
-from coldtap.stores.escapes import create_escape_arrays
+from coldtap.stores.escapes import CHUNK, NOWHERE
 from coldtap.stores.manifest import FEATURES
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
@@ -54,7 +54,7 @@ def escape_files(specs: Sequence[ArraySpec], n_blocks: int, n_chunks: Mapping[st
     root = zarr.create_group(memory)
     for spec in specs:
         _require_groups(root, f"escapes/{spec.name}/value")
-        create_escape_arrays(root, spec, n_blocks, n_chunks[spec.name])
+        _create_escapes(root, spec, n_blocks, n_chunks[spec.name])
     files = _files_of(memory)
     del files[f"{FEATURES}/zarr.json"]
     return files
@@ -124,6 +124,25 @@ def _create_scales(root: zarr.Group, spec: ArraySpec, scaling: Scaling) -> None:
     group.attrs.update({"of": spec.name, "largest_error_of_scale": 1 / SCALE_OF_STEP / 2})
     for name, values in (("scale", scaling.scale), ("offset", scaling.offset)):
         _create_values(group, name, values, ("tap", "channel"))
+
+
+def _create_escapes(root: zarr.Group, spec: ArraySpec, n_blocks: int, n_chunks: int) -> None:
+    """Create the two arrays' metadata; `n_chunks` is the number of chunks of the longest list."""
+    codecs = [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()]
+    n_axes = len(spec.dimensions)
+    for name, axes, dtype, fill in (("position", (n_axes,), "<u4", NOWHERE), ("value", (), "<f4", float("nan"))):
+        root.create_array(
+            f"escapes/{spec.name}/{name}",
+            shape=(n_blocks, n_chunks * CHUNK, *axes),
+            chunks=(1, CHUNK, *axes),
+            dtype=dtype,
+            serializer=BytesCodec(endian="little"),
+            compressors=codecs,
+            filters=None,
+            fill_value=fill,
+            dimension_names=("block", "escape", "axis")[: 2 + len(axes)],
+            attributes={"of": spec.name, "axes": list(spec.dimensions)},
+        )
 
 
 def _create_norm(root: zarr.Group, norm: FinalNorm | None) -> None:

@@ -4,11 +4,12 @@
 kept. What a run finds out (scales, ranges, library versions) is recorded beside the recipe, never in it.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coldtap.stores.canonical import digest_of
+from coldtap.stores.canonical import canonical_json, digest_of
 from coldtap.stores.errors import CorruptStoreError
 
 FORMAT = 1
@@ -39,9 +40,12 @@ class Recipe:
         return digest_of({"format": FORMAT, **self.digests})
 
     def to_dict(self) -> dict[str, Any]:
-        """The parts with their digests and the address, as `recipe.json` keeps them."""
+        """The parts with their digests and the address, as `recipe.json` keeps them; keys sorted on every level."""
         parts = {part: dict(getattr(self, part)) for part in PARTS}
-        return {"format": FORMAT, "address": self.address, "digests": self.digests, **parts}
+        whole = {"format": FORMAT, "address": self.address, "digests": self.digests, **parts}
+        # A recipe that was read and one that was made then leave the same bytes in the root group's attributes.
+        sorted_keys: dict[str, Any] = json.loads(canonical_json(whole))
+        return sorted_keys
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], *, where: str) -> "Recipe":
@@ -63,7 +67,11 @@ class Recipe:
             if not isinstance(record[part], dict):
                 raise CorruptStoreError(f"{where}: {part!r} is not a JSON object")
         recipe = cls(**{part: record[part] for part in PARTS})
-        if record["digests"] != recipe.digests or record["address"] != recipe.address:
+        try:
+            same = record["digests"] == recipe.digests and record["address"] == recipe.address
+        except (ValueError, RecursionError) as error:
+            raise CorruptStoreError(f"{where} holds what canonical JSON does not ({error})") from error
+        if not same:
             raise CorruptStoreError(f"{where}: its digests are not those of its parts; it was edited by hand")
         return recipe
 

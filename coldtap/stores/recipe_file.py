@@ -1,11 +1,13 @@
 """`recipe.json`: reading it, refusing what is no store, and comparing it with what is asked."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coldtap.stores.canonical import parse_json
 from coldtap.stores.durable import TEMPORARY_SUFFIX
 from coldtap.stores.errors import CorruptStoreError, RecipeMismatchError, StoreError
+from coldtap.stores.files import read_small
 from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.recipe import Recipe, differences
 
@@ -24,12 +26,14 @@ def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:
     if store.exists() and not store.is_dir():
         raise StoreError(f"{store} is a file: give the path of a store (a folder), or one that does not exist yet")
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(read_small(path))
     except FileNotFoundError:
         _refuse_foreign(store)
         return None
     except NotADirectoryError as error:
         raise StoreError(f"{store} lies below a file, not a folder: give another path") from error
+    except OSError as error:
+        raise CorruptStoreError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CorruptStoreError(f"{path} is not JSON ({error})") from error
     if not isinstance(record, dict):
@@ -68,4 +72,16 @@ def require_same_recipe(store: Path, old: Recipe, new: Recipe) -> None:
         raise RecipeMismatchError(
             f"{store} holds another recipe; choose another path, or the old settings. "
             f"Fields that differ (stored → asked): {'; '.join(lines)}"
+        )
+
+
+def require_extraction(store: Path, recorded: Mapping[str, Any]) -> None:
+    """Refuse to extract blocks into an unfinished conversion: the recipe is the same, the last bits are not.
+
+    Raises:
+        StoreError: the store was begun by `coldtap convert`.
+    """
+    if "converted_from" in recorded:
+        raise StoreError(
+            f"{store} was begun by `coldtap convert`: finish it with the same command, or choose a new path"
         )

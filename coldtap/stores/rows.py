@@ -52,7 +52,7 @@ def segments_of(splits: Mapping[str, int], views: int, block_rows: int) -> tuple
         block_rows: S.
     """
     found, block = [], 0
-    for view in range(views + 1):
+    for view in range(views + 1 if "train" in splits else 1):
         first_sample = 0
         for split in (split for split in SPLITS if split in splits):
             if view == 0 or split == "train":
@@ -69,7 +69,7 @@ class RowPlan:
     `order` holds, a split, the samples' indices in row order; train alone has views beyond view 0.
     """
 
-    order: dict[str, tuple[int, ...]]
+    order: Mapping[str, Sequence[int]]
     views: int
     block_rows: int
 

@@ -1,11 +1,14 @@
-"""Reading shards: the index parsed and checked once, chunks by pread, and a bound on what stays open.
+"""Reading shards: the index parsed and checked once, rows copied from a map, and a bound on what stays open.
 
-Nothing is mapped: a pread into the caller's buffer is as fast as a copy from a map (`docs/log.md`), a file that is cut
-meanwhile is an error instead of a SIGBUS, and an address-space limit does not count the store. Offsets are not shared,
-so threads and forked processes read through one descriptor.
+A copy from a map runs at the speed of memory; a pread costs a third more (`docs/log.md`). Where an address-space limit
+is set, which counts a map as if it were memory, shards are pread instead. Sizes are held against the index before
+every use, since a map of a file that was cut meanwhile is no error but a SIGBUS.
 """
 
+import errno
+import mmap
 import os
+import resource
 import threading
 import weakref
 from collections import OrderedDict
@@ -14,15 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from zstandard import ZstdError
 
 from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.chunks import CRC_BYTES, checksum, decompress, largest_frame
-from coldtap.stores.errors import CorruptStoreError
+from coldtap.stores.chunks import CRC_BYTES, checksum, decompress, decompressor, largest_frame
+from coldtap.stores.errors import CorruptStoreError, MachineError
+from coldtap.stores.files import open_regular
 from coldtap.stores.shards import ABSENT, ENTRY_BYTES
 from coldtap.stores.threads import renew_after_fork
 
 MAX_OPEN_FILES = 256
 MAX_INDEX_BYTES = 128_000_000
+
+type Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class ShardIndex:
@@ -31,20 +38,32 @@ class ShardIndex:
     Attributes:
         offsets, lengths: (row, chunk) int64, −1 where there is no chunk.
         checked: (row, chunk), true once a chunk's checksum was found to hold.
-        n_bytes: size of the file that the index belongs to.
+        file: what the system says of the file that it was read from; it says so of no other.
+        rank: (row,) the place of each row's chunks among those of equal length that fill the file from its start;
+            −1 where a row is absent, None where the file is laid out otherwise.
     """
 
-    def __init__(self, entries: np.ndarray[Any, np.dtype[np.uint64]], n_bytes: int) -> None:
-        self.n_bytes = n_bytes
+    def __init__(self, entries: np.ndarray[Any, np.dtype[np.uint64]], file: tuple[int, ...]) -> None:
+        self.file = file
         absent = (entries == ABSENT).all(axis=2)
         self.offsets = np.where(absent, -1, entries[..., 0].view(np.int64))
         self.lengths = np.where(absent, -1, entries[..., 1].view(np.int64))
         self.checked = np.zeros(absent.shape, bool)
+        self.rank = self._ranks()
+
+    def _ranks(self) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+        there = self.offsets[:, 0] >= 0
+        length, n_chunks = int(self.lengths.max(initial=1)), self.offsets.shape[1]
+        expected = self.offsets[there, :1] + length * np.arange(n_chunks)
+        if (self.lengths[there] != length).any() or (self.offsets[there] != expected).any():
+            return None
+        ranks, rest = np.divmod(self.offsets[:, 0], length * n_chunks)
+        return None if rest[there].any() else np.where(there, ranks, -1)
 
     @property
     def memory_bytes(self) -> int:
         """What it takes in memory."""
-        return self.offsets.nbytes + self.lengths.nbytes + self.checked.nbytes
+        return 2 * self.offsets.nbytes + self.checked.nbytes
 
 
 class ShardFile:
@@ -53,31 +72,67 @@ class ShardFile:
     `where` of an error names the file, the row of the array and the tap.
     """
 
-    def __init__(self, path: Path, spec: ArraySpec, first_row: int, index: ShardIndex | None = None) -> None:
-        """Open a shard, and parse its index unless it is known.
+    def __init__(
+        self, path: Path, spec: ArraySpec, first_row: int, index: ShardIndex | None = None, *, mapped: bool = False
+    ) -> None:
+        """Open a shard, and parse its index unless it is known; that of a file that has changed is parsed anew.
 
         Raises:
-            CorruptStoreError: the file is missing, too short or of another size than before, or its index is damaged
-                or points outside.
+            CorruptStoreError: the file is missing or too short, or its index is damaged or points outside.
+            MachineError: this process may open no more files.
         """
         self.path, self.spec, self.first_row = path, spec, first_row
         self._n_values = spec.chunk_bytes
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = open_regular(path)
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise MachineError(f"{path}: too many open files: raise the limit (ulimit -n)") from error
             raise CorruptStoreError(f"{path}: the shard cannot be opened ({error.strerror})") from None
         weakref.finalize(self, os.close, self._descriptor)
-        n_bytes = os.fstat(self._descriptor).st_size
-        if index is not None and index.n_bytes != n_bytes:
-            raise CorruptStoreError(f"{path}: {n_bytes} bytes; it had {index.n_bytes} when it was opened first")
-        self.index = index or self._read_index(n_bytes)
+        about = os.fstat(self._descriptor)
+        file = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+        self.index = index if index and index.file == file else self._read_index(about.st_size, file)
+        self._map: Bytes | None = None
+        self._rows: Bytes | None = None  # (row present, chunk, byte), where every chunk lies at its regular place
+        if mapped:
+            self._map = self._mapped(about.st_size)
+            self._rows = self._regular_rows(self._map)
 
-    def _read_index(self, n_bytes: int) -> ShardIndex:
+    def _mapped(self, n_bytes: int) -> Bytes:
+        try:
+            # Python's map keeps a descriptor of its own.
+            return np.frombuffer(mmap.mmap(self._descriptor, n_bytes, access=mmap.ACCESS_READ), np.uint8)
+        except ValueError as error:
+            raise CorruptStoreError(f"{self.path}: it was cut while it was opened") from error
+        except OSError as error:
+            raise MachineError(f"{self.path}: the shard cannot be mapped ({error.strerror})") from error
+
+    def _regular_rows(self, data: Bytes) -> Bytes | None:
+        if self.spec.layout != "fast" or self.index.rank is None:
+            return None
+        n_rows, n_chunks, length = int(self.index.rank.max()) + 1, self.spec.chunks_per_row, self._n_values + CRC_BYTES
+        return data[: n_rows * n_chunks * length].reshape(n_rows, n_chunks, length)[:, :, : self._n_values]
+
+    def _require_unchanged(self) -> None:
+        """A map of a file that was cut is no error but a SIGBUS: look before each use.
+
+        Raises:
+            CorruptStoreError: the file is shorter or longer than it was.
+        """
+        n_bytes = os.fstat(self._descriptor).st_size
+        if n_bytes != self.index.file[2]:
+            raise CorruptStoreError(f"{self.path}: {n_bytes} bytes; it had {self.index.file[2]} when it was opened")
+
+    def _read_index(self, n_bytes: int, file: tuple[int, ...]) -> ShardIndex:
         spec = self.spec
         n_index = spec.block_rows * spec.chunks_per_row * ENTRY_BYTES + CRC_BYTES
         if n_bytes < n_index:
             raise CorruptStoreError(f"{self.path}: {n_bytes} bytes, shorter than its index of {n_index}")
-        data = os.pread(self._descriptor, n_index, n_bytes - n_index)
+        try:
+            data = os.pread(self._descriptor, n_index, n_bytes - n_index)
+        except OSError as error:
+            raise CorruptStoreError(f"{self.path}: the shard's index cannot be read ({error.strerror})") from error
         if checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
             raise CorruptStoreError(f"{self.path}: the checksum of the shard's index does not hold (truncated?)")
         entries = np.frombuffer(data[:-CRC_BYTES], "<u8").reshape(spec.block_rows, spec.chunks_per_row, 2)
@@ -88,7 +143,7 @@ class ShardFile:
         room = np.maximum(n_bytes - n_index - lengths.astype(np.float64), -1)
         if ((lengths < shortest) | (lengths > longest) | (there[:, 0] > room)).any():
             raise CorruptStoreError(f"{self.path}: the shard's index points outside its chunks")
-        return ShardIndex(entries, n_bytes)
+        return ShardIndex(entries, file)
 
     def _chunk_lengths(self) -> tuple[int, int]:
         """The shortest and the longest that a stored chunk can be."""
@@ -109,59 +164,92 @@ class ShardFile:
             raise CorruptStoreError(f"{self.path}: row {self.first_row + row} has lost some of its chunks")
         return whole
 
-    def read_row(self, row: int, chunks: Sequence[int], out: memoryview) -> None:
-        """Read chunks of one row, their checksums held against their bytes the first time.
+    def read_rows(self, rows: list[int], chunks: list[int], out: Bytes, at: list[int]) -> None:
+        """Read chunks of some rows, their checksums held against their bytes the first time.
 
         Args:
-            row: its place in the shard.
-            chunks: chunk numbers of the row, each of which fills the next part of `out`.
-            out: bytes, as many as the chunks hold.
+            rows: their places in the shard.
+            chunks: chunk numbers, the same of each row.
+            out: (row, chunk, byte) contiguous.
+            at: the place in `out` of each row.
 
         Raises:
             CorruptStoreError: a chunk is missing, short, damaged or fails its checksum.
         """
+        self._require_unchanged()
+        run = slice(chunks[0], chunks[-1] + 1)
+        if self._map is not None and chunks == [*range(run.start, run.stop)] and self.index.checked[rows, run].all():
+            if self._rows is not None:
+                self._copy_rows(self._rows[:, run], rows, out, at)
+                return
+            if self.spec.layout == "compact" and self._decode_rows(memoryview(self._map), rows, run, out, at):
+                return
+        for place, row in zip(at, rows, strict=True):
+            self._read_row(row, chunks, memoryview(out[place]).cast("B"))
+
+    # The two paths that an epoch takes after its first: as little Python as there can be.
+
+    def _copy_rows(self, source: Bytes, rows: list[int], out: Bytes, at: list[int]) -> None:
+        assert self.index.rank is not None
+        for place, rank in zip(at, self.index.rank[rows].tolist(), strict=True):
+            out[place] = source[rank]
+
+    def _decode_rows(self, frames: memoryview, rows: list[int], run: slice, out: Bytes, at: list[int]) -> bool:
+        """False where a frame that was intact is damaged now: to be read again, and told of."""
+        starts = self.index.offsets[rows, run]
+        ends = (starts + self.index.lengths[rows, run] - CRC_BYTES).tolist()
+        decode, n, to = decompressor().decompress, self._n_values, memoryview(out).cast("B")
+        try:
+            for place, row_starts, row_ends in zip(at, starts.tolist(), ends, strict=True):
+                first = place * n * len(row_starts)
+                for start, end in zip(row_starts, row_ends, strict=True):
+                    to[first : first + n] = decode(frames[start:end], max_output_size=n)
+                    first += n
+        except (ZstdError, ValueError, MemoryError):
+            self.index.checked[rows, run] = False
+            return False
+        return True
+
+    def _read_row(self, row: int, chunks: list[int], out: memoryview) -> None:
         offsets, lengths = self.index.offsets[row], self.index.lengths[row]
         start = 0
         for run in _runs(chunks, offsets, lengths):
-            end = start + len(run) * self._n_values
             if offsets[run[0]] < 0:
                 raise CorruptStoreError(f"{self._where(row, run[0])}: there is no chunk")
-            if self.spec.layout == "fast":
-                self._read_values(row, run, int(offsets[run[0]]), out[start:end])
-            else:
-                self._read_frames(row, run, int(offsets[run[0]]), lengths[run].tolist(), out[start:end])
-            start = end
+            data = self._bytes(row, run, int(offsets[run[0]]), int(lengths[run].sum()))
+            at = 0
+            for chunk, length in zip(run, lengths[run].tolist(), strict=True):
+                stored = data[at : at + length - CRC_BYTES]
+                if not self.index.checked[row, chunk]:
+                    self._check(row, chunk, stored, data[at + length - CRC_BYTES : at + length])
+                out[start : start + self._n_values] = self._values(row, chunk, stored)
+                self.index.checked[row, chunk] = True  # its frame is known too: `_decode_rows` relies on it
+                at, start = at + length, start + self._n_values
 
-    def _read_values(self, row: int, run: list[int], offset: int, out: memoryview) -> None:
-        n, checksums = self._n_values, memoryview(bytearray(CRC_BYTES * len(run)))
-        pieces: list[memoryview] = []
-        for i in range(len(run)):
-            pieces += out[i * n : (i + 1) * n], checksums[i * CRC_BYTES : (i + 1) * CRC_BYTES]
-        if os.preadv(self._descriptor, pieces, offset) != (n + CRC_BYTES) * len(run):
+    def _bytes(self, row: int, run: list[int], offset: int, n_bytes: int) -> memoryview:
+        """A run of stored chunks."""
+        if self._map is not None:
+            return memoryview(self._map)[offset : offset + n_bytes]
+        try:
+            data = os.pread(self._descriptor, n_bytes, offset)
+        except OSError as error:
+            raise CorruptStoreError(f"{self._where(row, run[0])}: cannot be read ({error.strerror})") from error
+        if len(data) != n_bytes:
             raise CorruptStoreError(f"{self._where(row, run[0])}: the shard ends early")
-        for i, chunk in enumerate(run):
-            if not self.index.checked[row, chunk]:
-                self._check(row, chunk, pieces[2 * i], pieces[2 * i + 1])
+        return memoryview(data)
 
-    def _read_frames(self, row: int, run: list[int], offset: int, lengths: list[int], out: memoryview) -> None:
-        data = memoryview(os.pread(self._descriptor, sum(lengths), offset))
-        if len(data) != sum(lengths):
-            raise CorruptStoreError(f"{self._where(row, run[0])}: the shard ends early")
-        n, at = self._n_values, 0
-        for i, (chunk, length) in enumerate(zip(run, lengths, strict=True)):
-            frame = data[at : at + length - CRC_BYTES]
-            at += length
-            if not self.index.checked[row, chunk]:
-                self._check(row, chunk, frame, data[at - CRC_BYTES : at])
-            try:
-                out[i * n : (i + 1) * n] = decompress(frame, n)
-            except ValueError as error:
-                raise CorruptStoreError(f"{self._where(row, chunk)}: its zstd frame is damaged ({error})") from error
+    def _values(self, row: int, chunk: int, stored: memoryview) -> memoryview | bytes:
+        """The bytes of a chunk's values."""
+        if self.spec.layout == "fast":
+            return stored
+        try:
+            return decompress(stored, self._n_values)
+        except ValueError as error:
+            raise CorruptStoreError(f"{self._where(row, chunk)}: its zstd frame is damaged ({error})") from error
 
     def _check(self, row: int, chunk: int, stored: memoryview, expected: memoryview) -> None:
         if checksum(stored) != expected:
             raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
-        self.index.checked[row, chunk] = True
 
     def _where(self, row: int, chunk: int) -> str:
         tap = f", tap {self.spec.taps[chunk]}" if self.spec.gather == "layers" else ""
@@ -197,7 +285,8 @@ class ShardFiles:
     """The shards of one store that are in use: at most so many open files, and so many bytes of parsed indexes."""
 
     def __init__(self, features: Path) -> None:
-        self._features = features
+        self.features = features
+        self._mapped = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
         self.renew()
         renew_after_fork(self)
 
@@ -218,8 +307,8 @@ class ShardFiles:
         with self._turn:
             file = self._files.pop(key, None)
             if file is None:
-                path = self._features / spec.shard_key(block)
-                file = ShardFile(path, spec, block * spec.block_rows, self._indexes.get(key))
+                path = self.features / spec.shard_key(block)
+                file = ShardFile(path, spec, block * spec.block_rows, self._indexes.get(key), mapped=self._mapped)
                 self._remember(key, file.index)
             self._files[key] = file
             if len(self._files) > MAX_OPEN_FILES:

@@ -1,5 +1,6 @@
 """Reading a store: rows of features into a buffer that the caller gives, and the tables beside them."""
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from coldtap.stores.arrays import ArraySpec, arrays_of_recipe
 from coldtap.stores.canonical import sha256
 from coldtap.stores.codes import Floats
 from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError, StoreError
+from coldtap.stores.files import read_small
 from coldtap.stores.index import (
     REJECTED,
     REJECTED_SCHEMA,
@@ -27,9 +29,10 @@ from coldtap.stores.index import (
 )
 from coldtap.stores.manifest import FEATURES, file_entry, read_manifest
 from coldtap.stores.norm import FinalNorm
+from coldtap.stores.present import PresentRows
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import RECIPE, read_recipe
-from coldtap.stores.rows import Segment, segments_of
+from coldtap.stores.rows import SPLITS, Segment, segments_of
 from coldtap.stores.shard_files import ShardFiles
 from coldtap.stores.stored_numbers import read_metadata, read_numbers
 from coldtap.stores.threads import Threads
@@ -71,10 +74,11 @@ class Store:
         self.recorded: Mapping[str, Any] = found[1]
         self.manifest = read_manifest(path)
         self._n_threads = threads
-        self._require(RECIPE)
+        self.read_file(RECIPE)
         self._files, self._threads = ShardFiles(path / FEATURES), Threads(threads)
         specs = arrays_of_recipe(self.recipe.extractor, self.recipe.encoding, where=str(path / RECIPE))
         self.arrays = {spec.name: self._open_array(spec) for spec in sorted(specs, key=lambda spec: spec.name)}
+        self._require_plan()
         self._targets: dict[str, Targets] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -86,40 +90,71 @@ class Store:
         """SHA-256 of the manifest: what is there."""
         return self.manifest.digest
 
-    def _require(self, name: str) -> bytes:
-        """The bytes of a small file, held against the manifest."""
+    def read_file(self, name: str) -> bytes:
+        """The bytes of a small file, held against the manifest.
+
+        Raises:
+            CorruptStoreError: it is missing, or not what the manifest says.
+        """
         data = self._listed(name)
         if data is None:
             raise CorruptStoreError(f"{self.path / name}: the manifest does not list it: run `coldtap verify`")
         return data
 
     def _listed(self, name: str) -> bytes | None:
-        """The bytes of a small file, held against the manifest; None where it lists no such file."""
+        """The bytes of a small file, held against the manifest; None where there is no such file.
+
+        A file that is there and not in the manifest is no file of another: its line is damaged.
+        """
         entry = self.manifest.find(name)
         if entry is None:
+            if os.path.lexists(self.path / name):
+                raise CorruptStoreError(f"{self.path / name}: the manifest does not list it: run `coldtap verify`")
             return None
         try:
-            data = (self.path / name).read_bytes()
+            data = read_small(self.path / name)
         except OSError:
             raise CorruptStoreError(f"{self.path / name} is missing: fetch it again, or run `coldtap verify`") from None
         if sha256(data) != entry.sha256:
             raise CorruptStoreError(f"{self.path / name} is not what the manifest says: run `coldtap verify`")
         return data
 
-    def _require_intact(self, name: str) -> None:
+    def require_intact(self, name: str) -> None:
         """Hold a table against the manifest without having all of it in memory."""
+        entry = self.manifest.find(name)
         try:
-            there = file_entry(self.path, name)
+            same = entry is not None and (self.path / name).stat().st_size == entry.n_bytes
+            same = same and file_entry(self.path, name) == entry
         except OSError:
             raise CorruptStoreError(f"{self.path / name} is missing: fetch it again, or run `coldtap verify`") from None
-        if there != self.manifest.find(name):
+        if not same:
             raise CorruptStoreError(f"{self.path / name} is not what the manifest says: run `coldtap verify`")
 
     def _open_array(self, spec: ArraySpec) -> StoredArray:
-        metadata = read_metadata(self._listed_feature, spec.name)
+        metadata = read_metadata(self._listed_feature, spec.name, self.path / FEATURES)
         n_rows = require_metadata(metadata, spec, self.path / FEATURES / spec.name / "zarr.json")
-        numbers = read_numbers(self._listed_feature, spec)
+        numbers = read_numbers(self._listed_feature, spec, self.path / FEATURES)
         return StoredArray(spec, n_rows, numbers, self._files, self._threads, self._listed_feature)
+
+    def _require_plan(self) -> None:
+        """Hold the recipe's rows against the arrays, and against the journal's lines in the manifest."""
+        rows, block_rows = self.recipe.rows, self.recipe.encoding["block_rows"]
+        splits, views = rows.get("splits"), rows.get("views")
+        if (
+            not (isinstance(splits, dict) and splits and {*splits} <= {*SPLITS})
+            or not all(type(n) is int and n > 0 for n in splits.values())
+            or not (type(views) is int and views >= 0)
+        ):
+            raise CorruptStoreError(f"{self.path / RECIPE}: its recipe does not describe the rows of a store")
+        blocks = {split: -(-n // block_rows) for split, n in splits.items()}
+        n_blocks = sum(blocks.values()) + views * blocks.get("train", 0)
+        for array in self.arrays.values():
+            if array.n_rows != n_blocks * block_rows:
+                raise CorruptStoreError(
+                    f"{self.path / FEATURES / array.name}: {array.n_rows} rows; the recipe has {n_blocks * block_rows}"
+                )
+        if n_blocks > self.manifest.most_lines:
+            raise CorruptStoreError(f"{self.path / RECIPE}: {n_blocks} blocks, more than the manifest has lines")
 
     def _listed_feature(self, key: str) -> bytes | None:
         return self._listed(f"{FEATURES}/{key}")
@@ -131,18 +166,18 @@ class Store:
         return segments_of(rows["splits"], rows["views"], self.recipe.encoding["block_rows"])
 
     @cached_property
-    def _present(self) -> Rows:
-        """Numbers of the present rows, ascending."""
-        self._require_intact(SAMPLES)
-        present: Rows = read_table(self.path / SAMPLES, SAMPLES_SCHEMA, ["row"])["row"].to_numpy()
-        if len(present) and ((np.diff(present) <= 0).any() or present[0] < 0):
-            raise CorruptStoreError(f"{self.path / SAMPLES}: its rows are not in ascending order")
-        return present
+    def _present(self) -> PresentRows:
+        self.require_intact(REJECTED)
+        rejected = read_table(self.path / REJECTED, REJECTED_SCHEMA, ["row"])["row"].to_numpy()
+        planned = PresentRows(self.segments, self.recipe.encoding["block_rows"], np.empty(0, np.int64))
+        if (np.diff(rejected) <= 0).any() or len(planned.missing(rejected)):
+            raise CorruptStoreError(f"{self.path / REJECTED}: its rows are not ascending, or not planned")
+        return PresentRows(self.segments, self.recipe.encoding["block_rows"], rejected)
 
     @property
     def samples(self) -> pa.Table:
         """One line a present row, ascending: row, sample_id, view, split, source, source_sha256."""
-        self._require_intact(SAMPLES)
+        self.require_intact(SAMPLES)
         return read_table(self.path / SAMPLES, SAMPLES_SCHEMA)
 
     @property
@@ -168,21 +203,11 @@ class Store:
 
     def rows(self, split: str, view: int = 0) -> Rows:
         """Numbers of the present rows of a (split, view), ascending; empty where there are none."""
-        for segment in self.segments:
-            if (segment.split, segment.view) == (split, view):
-                first = segment.first_block * self.recipe.encoding["block_rows"]
-                start, end = np.searchsorted(self._present, [first, first + segment.n_samples])
-                return self._present[start:end]
-        return np.empty(0, np.int64)
+        return self._present.of(split, view)
 
     def sample_numbers(self, rows: Sequence[int] | Rows) -> Rows:
         """The number of each row's sample, counted over the splits in row order: views of a sample share it."""
-        wanted = np.asarray(rows, np.int64)
-        block_rows = self.recipe.encoding["block_rows"]
-        first_rows = np.array([segment.first_block * block_rows for segment in self.segments])
-        first_samples = np.array([segment.first_sample for segment in self.segments])
-        segment = np.searchsorted(first_rows, wanted, side="right") - 1
-        return np.asarray(first_samples[segment] + wanted - first_rows[segment])
+        return self._present.sample_numbers(self._require_present(rows))
 
     def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
         """Sample ids of rows.
@@ -190,24 +215,24 @@ class Store:
         Raises:
             MissingFeaturesError: a row is not there.
         """
-        ids: list[str] = self._ids.take(pa.array(self._places(rows))).to_pylist()
+        ids: list[str] = self._ids.take(pa.array(self._lines(rows))).to_pylist()
         return ids
 
     @cached_property
     def _ids(self) -> pa.ChunkedArray:
-        self._require_intact(SAMPLES)
+        self.require_intact(SAMPLES)
         return read_table(self.path / SAMPLES, SAMPLES_SCHEMA, ["sample_id"])["sample_id"]
 
     def sources(self, rows: Sequence[int] | Rows) -> list[str]:
         """Where the samples of rows came from."""
-        self._require_intact(SAMPLES)
+        self.require_intact(SAMPLES)
         column = read_table(self.path / SAMPLES, SAMPLES_SCHEMA, ["source"])["source"]
-        sources: list[str] = column.take(pa.array(self._places(rows))).to_pylist()
+        sources: list[str] = column.take(pa.array(self._lines(rows))).to_pylist()
         return sources
 
     def splits_by_id(self) -> dict[str, str]:
         """The split of every sample of the plan, rejected ones included, by sample id."""
-        self._require_intact(REJECTED)
+        self.require_intact(REJECTED)
         tables = self.samples, read_table(self.path / REJECTED, REJECTED_SCHEMA)
         return {
             sample: split
@@ -215,19 +240,30 @@ class Store:
             for sample, split in zip(table["sample_id"].to_pylist(), table["split"].to_pylist(), strict=True)
         }
 
-    def _places(self, rows: Sequence[int] | Rows) -> Rows:
+    def _require_present(self, rows: Sequence[int] | Rows) -> Rows:
         wanted = np.asarray(rows, np.int64)
-        places = np.searchsorted(self._present, wanted)
-        there = self._present[np.minimum(places, len(self._present) - 1)] == wanted
-        if not there.all():
+        missing = self._present.missing(wanted)
+        if len(missing):
             raise MissingFeaturesError(
-                f"{self.path} has no row {int(wanted[~there][0])}: it is padding, was rejected, or is out of range"
+                f"{self.path} has no row {int(missing[0])}: it is padding, was rejected, or is out of range"
             )
-        return places
+        return wanted
+
+    def _lines(self, rows: Sequence[int] | Rows) -> Rows:
+        """The lines of rows in `samples.parquet`."""
+        lines = self._present.lines(self._require_present(rows))
+        if len(lines) and int(lines.max()) >= len(self._ids):
+            raise CorruptStoreError(f"{self.path / SAMPLES} has fewer lines than the store has rows")
+        return lines
 
     def has_targets(self, name: str = "label") -> bool:
         """Whether the store has targets of this name."""
-        return self.manifest.find(targets_name(name)) is not None
+        listed = self.manifest.find(targets_name(name)) is not None
+        if not listed and os.path.lexists(self.path / targets_name(name)):
+            raise CorruptStoreError(
+                f"{self.path / targets_name(name)}: the manifest does not list it: run `coldtap verify`"
+            )
+        return listed
 
     def _target_table(self, name: str) -> Targets:
         if name not in self._targets:
@@ -235,7 +271,7 @@ class Store:
                 raise MissingFeaturesError(
                     f"{self.path} has no targets {name!r}: it was made from images without labels"
                 )
-            self._require_intact(targets_name(name))
+            self.require_intact(targets_name(name))
             self._targets[name] = read_targets(self.path / targets_name(name))
         return self._targets[name]
 
@@ -247,7 +283,6 @@ class Store:
         """
         table = self._target_table(name)
         if table.order is not None and table.order == self.recipe.rows.get("order"):
-            self._places(rows)
             numbers = self.sample_numbers(rows)
             if len(numbers) and numbers.max() >= len(table.values):
                 raise CorruptStoreError(f"{self.path / targets_name(name)} has fewer lines than the store has samples")
@@ -268,23 +303,28 @@ class Store:
     def n_classes(self) -> int:
         """Classes of the targets `label`."""
         table = self._target_table("label")
-        return len(table.class_names) if table.class_names else int(table.values.max()) + 1
+        return len(table.class_names) if table.class_names else int(table.values.max(initial=-1)) + 1
 
     @cached_property
     def norm(self) -> FinalNorm | None:
         """The backbone's frozen final norm, or None where it has none."""
-        attributes = read_metadata(self._listed_feature, "norm")["attributes"]
-        if attributes["kind"] == "none":
+        attributes = read_metadata(self._listed_feature, "norm", self.path / FEATURES)["attributes"]
+        kind, eps = attributes.get("kind"), attributes.get("eps")
+        if kind == "none":
             return None
+        if kind not in ("layer_norm", "rms_norm") or type(eps) is not float:
+            raise CorruptStoreError(f"{self.path / FEATURES}/norm/zarr.json does not describe a norm")
         return FinalNorm(
-            kind=attributes["kind"],
-            eps=attributes["eps"],
+            kind=kind,
+            eps=eps,
             weight=self._norm_values("weight"),
             bias=self._norm_values("bias"),
         )
 
     def _norm_values(self, name: str) -> Floats | None:
         data = self._listed(f"{FEATURES}/norm/{name}/c/0")
+        if data is not None and len(data) % 4:
+            raise CorruptStoreError(f"{self.path / FEATURES}/norm/{name}: {len(data)} bytes are no float32 numbers")
         return None if data is None else np.frombuffer(data, "<f4")
 
 

@@ -68,7 +68,9 @@ def to_float(
         bits = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
         return (bits >> np.uint32(16)).astype("<u2")
     if tier == "float16":
-        scaled: np.ndarray[Any, Any] = np.ldexp(values, -np.array(exponents, np.int32)[:, None, None])
+        scaled: np.ndarray[Any, Any] = values
+        if any(exponents):  # rarely, and ldexp costs more than all else here
+            scaled = np.ldexp(values, -np.array(exponents, np.int32)[:, None, None])
         return scaled.astype("<f2")
     return values
 

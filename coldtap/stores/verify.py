@@ -1,7 +1,5 @@
 """Verification: every byte of a store held against its manifest, its checksums and its metadata."""
 
-import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,27 +10,22 @@ from typing import Any
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec
-from coldtap.stores.chunks import CRC_BYTES, checksum
 from coldtap.stores.errors import CorruptStoreError, StoreError
 from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
 from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.manifest import FEATURES, MANIFEST, Entry, file_entry, files_of, read_manifest
+from coldtap.stores.problems import Problem
 from coldtap.stores.recipe_file import read_recipe
 from coldtap.stores.shard_files import ShardFile
 from coldtap.stores.store import Store
+from coldtap.stores.threads import usable_cores
+from coldtap.stores.verify_escapes import escape_problems
+from coldtap.stores.verify_shard import shard_problems
 
 MAX_THREADS = 16
 FILES_AT_ONCE = 4096  # futures in memory: a store may have a million files
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing that is wrong: where (relative to the store), and what."""
-
-    where: str
-    what: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +52,7 @@ def verify_store(
         path: the store.
         begin: called once with the bytes that will be read.
         advance: called with the bytes read, as files are done.
-        n_threads: None for one a core, up to 16: each holds a shard.
+        n_threads: None for one a core, up to 16: beyond, Python's own lock is what they wait for.
 
     Raises:
         StoreError: there is no store to check, or it is incomplete.
@@ -80,19 +73,24 @@ def verify_store(
     except CorruptStoreError as error:
         problems.append(Problem(where=".", what=str(error)))
     arrays = {array.name: array.spec for array in opened.arrays.values()} if opened else {}
+    if opened is not None:
+        problems.extend(_tap_line_problems(entries, arrays))
 
     def check(entry: Entry) -> list[Problem]:
         found = [] if entry.name in damaged else [*_content_problems(store, entry, entries, arrays)]
         advance(entry.n_bytes)
         return found
 
-    with ThreadPoolExecutor(n_threads or min(os.cpu_count() or 1, MAX_THREADS)) as pool:
+    with ThreadPoolExecutor(n_threads or min(usable_cores(), MAX_THREADS)) as pool:
         for some in batched(files, FILES_AT_ONCE):
             for found in pool.map(check, some):
                 problems.extend(found)
     n_rows = 0
     if opened is not None:
-        found_rows, n_rows = _row_problems(opened, damaged | {problem.where for problem in problems})
+        damaged |= {problem.where for problem in problems}
+        for array in opened.arrays.values():
+            problems.extend(escape_problems(opened, array, entries, damaged) if array.spec.tier == "int8" else ())
+        found_rows, n_rows = _row_problems(opened, damaged)
         problems.extend(found_rows)
     return Verification(
         digest=manifest.digest,
@@ -121,44 +119,20 @@ def _content_problems(
     store: Path, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]
 ) -> Iterator[Problem]:
     name, _, key = entry.name.removeprefix(f"{FEATURES}/").partition("/c/")
-    if name not in arrays or not key:
-        if file_entry(store, entry.name) != entry:
-            yield Problem(where=entry.name, what="its SHA-256 is not the manifest's")
-        return
-    data = (store / entry.name).read_bytes()
-    found = [*_shard_problems(store / entry.name, entry.name, data, arrays[name], int(key.split("/")[0]), entries)]
-    yield from found
-    if not found and hashlib.sha256(data).hexdigest() != entry.sha256:
-        yield Problem(where=entry.name, what="its SHA-256 is not the manifest's, though all checksums hold")
+    if name in arrays and key:
+        yield from shard_problems(store, entry, arrays[name], int(key.split("/")[0]), entries)
+    elif file_entry(store, entry.name) != entry:
+        yield Problem(where=entry.name, what="its SHA-256 is not the manifest's")
 
 
-def _shard_problems(
-    path: Path, name: str, data: bytes, array: ArraySpec, block: int, entries: Mapping[str, Entry]
-) -> Iterator[Problem]:
-    """Chunks whose checksum does not hold, and taps whose digest is not the manifest's."""
-    try:
-        shard = ShardFile(path, array, block * array.block_rows)
-        rows = np.flatnonzero(shard.present())
-    except CorruptStoreError as error:
-        yield Problem(where=name, what=str(error))
-        return
-    taps = array.taps if array.gather == "layers" else ()
-    digests = [hashlib.sha256() for _ in range(array.chunks_per_row)]
-    # In the order of the digests: row by row, tap by tap.
-    for row, starts, lengths in zip(
-        rows.tolist(), shard.index.offsets[rows].tolist(), shard.index.lengths[rows].tolist(), strict=True
-    ):
-        for place, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            chunk = data[start : start + length]
-            digests[place].update(chunk)
-            if checksum(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:]:
-                where = f"row {block * array.block_rows + row}" + (f", tap {taps[place]}" if taps else "")
-                yield Problem(where=name, what=f"{where}: the chunk's checksum does not hold")
-    if len(taps) > 1:
-        for tap, digest in zip(taps, digests, strict=True):
-            listed = entries.get(f"{name}#{tap}")
-            if listed is None or listed.sha256 != digest.hexdigest():
-                yield Problem(where=f"{name}#{tap}", what="the tap's SHA-256 is not the manifest's")
+def _tap_line_problems(entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]) -> Iterator[Problem]:
+    """Lines of the manifest about taps that no shard has."""
+    for name in entries:
+        shard, mark, tap = name.partition("#")
+        spec = arrays.get(shard.removeprefix(f"{FEATURES}/").partition("/c/")[0])
+        known = spec is not None and spec.chunks_per_row > 1 and tap in map(str, spec.taps) and shard in entries
+        if mark and not known:
+            yield Problem(where=name, what="the manifest lists a tap that is not there")
 
 
 def _row_problems(store: Store, damaged: Set[str]) -> tuple[list[Problem], int]:

@@ -63,6 +63,13 @@ class IndexableSource:
         self._labelled = self._check_first(labels)
         self.listing = self._list(labels, seed)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
     def read(self, index: int) -> RawImage:
         """Return the image of an item.
 

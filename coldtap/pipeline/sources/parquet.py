@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,7 +30,7 @@ from coldtap.pipeline.sources.columns import (
 from coldtap.pipeline.sources.files import read_file
 from coldtap.pipeline.sources.listing import Listing, fingerprint_of, make_listing
 from coldtap.pipeline.sources.splits import Labels, canonical_split
-from coldtap.pipeline.sources.spool import Spool
+from coldtap.pipeline.sources.spool import SharedSpool, Spool
 from coldtap.stores.errors import SourceError
 
 
@@ -95,6 +96,27 @@ class ParquetSource:
     def where(self, index: int) -> str:
         """Return 'FILE row N', counting from 0 within the file."""
         return self._rows.where(index)
+
+    def share_spool(self) -> SharedSpool:
+        """What another process needs to read the images without a copy of its own.
+
+        Raises:
+            SourceError: The files are broken or have changed.
+            MachineError: There is no room for the temporary file.
+        """
+        return self._spooled().share()
+
+    def use_spool(self, shared: SharedSpool) -> None:
+        """Read from the spool of another process of this machine, if it can be reached."""
+        with self._lock:
+            if self._spool is None:
+                self._spool = Spool.join(shared)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name, "listing": self.listing, "_rows": self._rows}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["name"], state["listing"], state["_rows"])  # type: ignore[misc] # a lock of its own
 
     def _spooled(self) -> Spool:
         with self._lock:

@@ -10,8 +10,10 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -20,6 +22,23 @@ from coldtap.stores.errors import MachineError, SourceError
 
 BATCH_ROWS = 64
 _BYTES, _PATH, _NOTHING = 0, 1, 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SharedSpool:
+    """How another process of this machine finds a spool.
+
+    Attributes:
+        path: the open file, under the process that made it.
+        identity: device, inode and size in bytes of that file.
+        offsets: where each image begins.
+        kinds: what stands for it.
+    """
+
+    path: str
+    identity: tuple[int, int, int]
+    offsets: npt.NDArray[np.int64]
+    kinds: npt.NDArray[np.uint8]
 
 
 class Spool:
@@ -57,6 +76,26 @@ class Spool:
             raise MachineError(f"{tempfile.gettempdir()}: reading the images spooled there failed")
         kind = self._kinds[row]
         return stored if kind == _BYTES else stored.decode() if kind == _PATH else None
+
+    def share(self) -> SharedSpool:
+        """What another process needs to read this spool while this process lives."""
+        path = f"/proc/{os.getpid()}/fd/{self._file}"
+        return SharedSpool(path=path, identity=_identity(self._file), offsets=self._offsets, kinds=self._kinds)
+
+    @classmethod
+    def join(cls, shared: SharedSpool) -> "Spool | None":
+        """Another process's spool, or None where it cannot be reached: on another machine, or without /proc."""
+        try:
+            file = os.open(shared.path, os.O_RDONLY)
+        except OSError:
+            return None
+        if _identity(file) != shared.identity:
+            os.close(file)
+            return None
+        spool = cls.__new__(cls)
+        spool._offsets, spool._kinds, spool._file = shared.offsets, shared.kinds, file
+        weakref.finalize(spool, os.close, file)
+        return spool
 
     def _append(self, images: pa.Array, row: int) -> None:
         """Write images, of shape (row,), binary or struct, at a row."""
@@ -98,6 +137,11 @@ def _nameless_file() -> int:
     except OSError as error:
         raise MachineError(f"no temporary file for the images: {error.strerror}; set TMPDIR") from error
     return file
+
+
+def _identity(file: int) -> tuple[int, int, int]:
+    found = os.fstat(file)
+    return found.st_dev, found.st_ino, found.st_size
 
 
 def _write(file: int, data: memoryview) -> None:
