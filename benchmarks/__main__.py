@@ -19,13 +19,23 @@ type Records = list[dict[str, Any]]
 def extraction_table(records: Records) -> Table:
     table = _table(
         "Extraction against a bare loop of the same backbone",
-        ("backbone", "decoding", "bare loop", "bare\nimages/s", "coldtap\nimages/s", "ratio", "least to\ngreatest"),
+        (
+            "backbone",
+            "tier",
+            "decoding",
+            "bare loop",
+            "bare\nimages/s",
+            "coldtap\nimages/s",
+            "ratio",
+            "least to\ngreatest",
+        ),
         ("ratio of\nCPU time", "goal", "MB/s\nwritten", "MB/s of a\nplain write"),
     )
     for record in records:
         loop = record["bare_loop"]
         table.add_row(
             record["case"],
+            record["tier"],
             record["decoding"],
             f"batch {loop['batch_size']}, {loop['n_threads']} threads, {loop['waiting'].lower()}",
             f"{record['bare_images_per_s']:.1f}",

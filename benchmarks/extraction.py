@@ -2,9 +2,9 @@
 
 The bare loop runs timm's `forward_intermediates` over batches and lets go of what it gets: no gather, no float16,
 no checksum, no file. It takes the batch size, the number of threads and the way in which idle threads wait that
-suit it best, found by a search before. coldtap takes its defaults: all gathers, float16, a store on disk. Its
-clock starts after the forecast (the bare loop's model is loaded too by then) and stops when the store is complete.
-Both alternate, and the ratio is taken between neighbours.
+suit it best, found by a search before. coldtap takes its defaults, once in float16 and once in int8 (compact): all
+gathers, a store on disk. Its clock starts after the forecast (the bare loop's model is loaded too by then, and the
+calibration prefix has run) and stops when the store is complete. They take turns, and ratios are taken within a round.
 """
 
 import os
@@ -27,6 +27,7 @@ from benchmarks.pictures import Pictures, decode, decoded_images, encoded_images
 
 # Whether torch's threads spin or sleep when they have nothing to do: read once, when torch is loaded.
 WAITING = ("PASSIVE", "ACTIVE")
+TIERS = ("float16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,10 +110,12 @@ def _measure_case(case: Case, quick: bool) -> list[dict[str, Any]]:
         bare = loops[best.waiting]
         records = []
         for decoding in (False, True):
-            pairs = [_pair(case, bare, extraction, best, decoding, turn) for turn in range(case.repeats)]
-            n_bytes = pairs[0][1].n_bytes
-            plain = [extraction.submit(plain_write_mb_per_s, n_bytes).result() for _ in range(min(case.repeats, 3))]
-            records.append(_record(case, best, decoding, pairs, statistics.median(plain)))
+            rounds = [_round(case, bare, extraction, best, decoding, turn) for turn in range(case.repeats)]
+            for tier in TIERS:
+                pairs = [(speeds["bare"], speeds[tier]) for speeds in rounds]
+                n_bytes = pairs[0][1].n_bytes
+                plain = [extraction.submit(plain_write_mb_per_s, n_bytes).result() for _ in range(min(case.repeats, 3))]
+                records.append({"tier": tier, **_record(case, best, decoding, pairs, statistics.median(plain))})
         return records
 
 
@@ -130,21 +133,16 @@ def _search(case: Case, loops: dict[str, Executor]) -> Loop:
     return max(zip(tried, fastest, strict=True), key=lambda pair: pair[1].images_per_s)[0]
 
 
-def _pair(
-    case: Case, bare: Executor, extraction: Executor, loop: Loop, decoding: bool, turn: int
-) -> tuple[Speed, Speed]:
-    """One measurement of each, one after the other; who is first alternates."""
+def _round(case: Case, bare: Executor, extraction: Executor, loop: Loop, decoding: bool, turn: int) -> dict[str, Speed]:
+    """One measurement of each, one after the other; who is first changes with every turn."""
 
-    def run_bare() -> Speed:
-        return bare.submit(bare_speed, case, loop, decoding, case.n_images).result()
+    def run(name: str) -> Speed:
+        if name == "bare":
+            return bare.submit(bare_speed, case, loop, decoding, case.n_images).result()
+        return extraction.submit(extraction_speed, case, decoding, name).result()
 
-    def run_coldtap() -> Speed:
-        return extraction.submit(extraction_speed, case, decoding).result()
-
-    if turn % 2:
-        ours = run_coldtap()
-        return run_bare(), ours
-    return run_bare(), run_coldtap()
+    names = ("bare", *TIERS)
+    return {name: run(name) for name in names[turn % len(names) :] + names[: turn % len(names)]}
 
 
 def _record(
@@ -241,7 +239,7 @@ class _Clock:
         pass
 
 
-def extraction_speed(case: Case, decoding: bool) -> Speed:
+def extraction_speed(case: Case, decoding: bool, tier: str) -> Speed:
     """coldtap as a user runs it, into a temporary folder."""
     from coldtap import cache_features
 
@@ -256,6 +254,7 @@ def extraction_speed(case: Case, decoding: bool) -> Speed:
             random_weights=case.random_weights,
             preprocess=case.preprocess,
             split=["train"],
+            tier=tier,
             reporter=clock,
         )
         return _speed(clock.wall, clock.cpu, case.n_images, clock.n_bytes)
