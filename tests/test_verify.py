@@ -494,3 +494,11 @@ def test_the_command_shows_how_far_it_is(store, monkeypatch):
     assert len(lines) == len(files(store)) - 1
     assert lines[-1].startswith(f"{show_bytes(total)} of {show_bytes(total)}  ")
     assert lines[-1].endswith("/s  0 s left")
+
+
+@pytest.mark.parametrize("target", ["nowhere", "samples.parquet"])
+def test_a_link_that_leads_nowhere_is_a_problem(store, target):
+    """As git-annex leaves them; the second points to itself."""
+    (store / "samples.parquet").unlink()
+    (store / "samples.parquet").symlink_to(target)
+    assert any(where == "samples.parquet" and "cannot be read" in what for where, what in problems(store))

@@ -37,7 +37,7 @@ def describe_store(path: str | Path) -> dict[str, Any]:
         "address": recipe.address,
         "recipe": {part: dict(getattr(recipe, part)) for part in ("extractor", "rows", "encoding")},
         "recorded": recorded,
-        "n_bytes": sum((store / name).stat().st_size for name in files),
+        "n_bytes": sum((store / name).lstat().st_size for name in files),
         "finished_blocks": sum(name.startswith(f"{JOURNAL}/") and name.endswith(".json") for name in files),
     }
     return about | _contents(Store(store), files) if about["complete"] else about
@@ -103,7 +103,7 @@ def _codes(store: Store, name: str, files: set[str], n_bytes: int) -> dict[str, 
 
 
 def _bytes_below(store: Store, prefix: str, files: set[str]) -> int:
-    return sum((store.path / file).stat().st_size for file in files if file.startswith(f"{FEATURES}/{prefix}"))
+    return sum((store.path / file).lstat().st_size for file in files if file.startswith(f"{FEATURES}/{prefix}"))
 
 
 def _count_escapes(store: Store, name: str) -> list[int]:

@@ -109,10 +109,18 @@ def _file_problems(store: Path, entries: Mapping[str, Entry]) -> Iterator[Proble
             continue
         if name not in there:
             yield Problem(where=name, what="the file is missing")
-        elif (size := (store / name).stat().st_size) != entry.n_bytes:
-            yield Problem(where=name, what=f"{size} bytes; the manifest says {entry.n_bytes}")
+        elif what := _size_problem(store / name, entry.n_bytes):
+            yield Problem(where=name, what=what)
     for name in sorted(there - set(entries) - {MANIFEST, LOCK_NAME}):
         yield Problem(where=name, what="the manifest does not list this file")
+
+
+def _size_problem(path: Path, n_bytes: int) -> str | None:
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # a link to nothing, such as git-annex leaves
+        return f"the file cannot be read ({error.strerror})"
+    return None if size == n_bytes else f"{size} bytes; the manifest says {n_bytes}"
 
 
 def _content_problems(

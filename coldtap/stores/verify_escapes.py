@@ -1,10 +1,10 @@
 """Verifying the lists of escapes: their metadata, and that each points to a place in its own block."""
 
-import json
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from coldtap.stores.array_reader import StoredArray
+from coldtap.stores.canonical import parse_json
 from coldtap.stores.errors import CorruptStoreError
 from coldtap.stores.escapes import EscapeReader, longest_list
 from coldtap.stores.manifest import FEATURES, Entry
@@ -34,7 +34,7 @@ def escape_problems(
     expected = escape_files([array.spec], n_blocks, {array.name: longest_list(keys, array.spec)})
     for part in ("position", "value"):
         name = f"{folder}/{part}/zarr.json"
-        if what := _differences(store, name, json.loads(expected[name])):
+        if what := _differences(store, name, parse_json(expected[name])):
             yield Problem(where=name, what=what)
             return
     yield from _list_problems(store, array, folder, n_blocks)
@@ -43,7 +43,7 @@ def escape_problems(
 def _differences(store: Store, name: str, expected: Mapping[str, Any]) -> str | None:
     """The fields that are not what the lists need; codecs by name, for their settings may be those of another Zarr."""
     try:
-        there = json.loads(store.read_file(name))
+        there = parse_json(store.read_file(name))
         codecs = [codec["name"] for codec in there["codecs"]]
         differing = [key for key in COMPARED if there[key] != expected[key]]
     except (CorruptStoreError, ValueError, KeyError, TypeError) as error:
