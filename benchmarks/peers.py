@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import zip_longest
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from coldtap.stores.manifest import FEATURES
 from coldtap.stores.shard_files import ShardFile
 
 BATCH_SIZE = 64
+ANNOUNCED = 5  # batches, as in `adaptors/read_ahead.py`, which imports torch
 DECODING_THREADS = 2
 RAW, CODES = "raw.npy", "codes.npy"  # (sample, tap, token, channel) float16 and int8
 
@@ -132,7 +133,7 @@ def only_array(path: Path) -> StoredArray:
 class Coldtap:
     """Reads into one batch made before: stored numbers, or float32.
 
-    It tells the kernel of the next batch before it reads one, as training does (`adaptors/read_ahead.py`).
+    It tells the kernel of the batches that follow before it reads one, as training does (`adaptors/read_ahead.py`).
     """
 
     def __init__(self, path: Path, *, floats: bool) -> None:
@@ -141,8 +142,11 @@ class Coldtap:
         self._out = np.empty((BATCH_SIZE, *self._array.row_shape), np.float32 if floats else self._array.spec.dtype)
 
     def epoch(self, batches: Batches) -> int:
-        for batch, following in zip_longest(batches, batches[1:]):
-            if following is not None:
+        coming = iter(batches)
+        for following in islice(coming, ANNOUNCED):
+            self._array.will_need(following)
+        for batch in batches:
+            if (following := next(coming, None)) is not None:
                 self._array.will_need(following)
             self._read(self._out[: len(batch)], batch)
         return sum(map(len, batches))

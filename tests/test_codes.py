@@ -10,6 +10,7 @@ from coldtap.pipeline.encode import BlockEncoder
 from coldtap.pipeline.gather import Gathered
 from coldtap.stores.arrays import ArraySpec, Geometry
 from coldtap.stores.block import ArrayBuffer
+from coldtap.stores.calibration import CalibrationSamples
 from coldtap.stores.codes import (
     MAX_CODE,
     ErrorBound,
@@ -20,7 +21,7 @@ from coldtap.stores.codes import (
     restore_codes,
     robust_moments,
 )
-from coldtap.stores.errors import OptionError
+from coldtap.stores.errors import OptionError, StoreError
 from coldtap.stores.tiers import Numbers
 
 BOUND = ErrorBound(snr_db=30)
@@ -136,8 +137,11 @@ def test_the_largest_error_is_a_bound_too():
         ({"max_error": 0.001}, r"--max-error 0\.001 needs steps"),
         ({"snr_db": -9}, r"--snr -9 allows steps of .* which keep nothing"),
         ({"max_error": 3}, r"--max-error 3 allows steps"),
-        ({"snr_db": float("nan")}, "--snr nan needs steps"),
-        ({"max_error": float("inf")}, "--max-error inf allows steps"),
+        ({"snr_db": float("nan")}, "--snr nan: give a finite number"),
+        ({"max_error": float("inf")}, "--max-error inf: give a finite number"),
+        ({"snr_db": "thirty"}, "--snr 'thirty': give a number"),
+        ({"snr_db": -1e4}, "--snr -10000 allows steps"),
+        ({"snr_db": 1e6}, r"--snr 1e\+06 needs steps"),
         ({"max_error": 0.0}, "--max-error 0 needs steps"),
     ],
 )
@@ -170,3 +174,67 @@ def test_the_device_makes_the_same_codes_bit_for_bit():
     np.testing.assert_array_equal(mine.position, theirs.position)
     np.testing.assert_array_equal(mine.value, theirs.value)
     assert np.abs(ours.shard.values).max() == MAX_CODE
+
+
+def test_one_bound_is_one_recipe_however_it_is_written():
+    recipes = [ErrorBound(snr_db=given).to_dict() for given in (30, 30.0, np.float32(30), "30")]
+    assert recipes == recipes[:1] * 4
+    assert all(type(recipe["snr_db"]) is float for recipe in recipes)
+
+
+def test_an_image_with_nan_does_not_hide_the_escapes_of_its_neighbours():
+    geometry = Geometry(grid=(2, 4), prefix_tokens=1, channels=6)
+    spec = ArraySpec(gather="layers", geometry=geometry, taps=(0,), tier="int8", layout="fast", block_rows=32)
+    values = normal((4, 1, 9, 6))
+    scaling = choose_scaling(samples_of(values), BOUND)
+    values[1, 0, 3, 2] = 1000
+    values[2, 0, 0, 0] = np.nan
+    buffer = ArrayBuffer(spec, Numbers(exponents=(0,), scaling=scaling))
+    flaws = {}
+    part = Gathered(array=spec.name, tap=0, position=0, values=torch.from_numpy(values[:, 0]))
+    BlockEncoder({spec.name: buffer}, torch.device("cpu")).write(part, range(4), flaws)
+    assert list(flaws) == [2]
+    present = np.zeros(32, bool)
+    present[[0, 1, 3]] = True
+    found = buffer.take_escapes(0, present)
+    np.testing.assert_array_equal(found.position, [[1, 0, 3, 2]])
+    np.testing.assert_array_equal(found.value, [1000])
+    np.testing.assert_array_equal(buffer.shard.values[[0, 1, 3]], encode(values[[0, 1, 3]], scaling).codes)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(encode(values, scaling).escapes.position, [[1, 0, 3, 2]])
+
+
+def test_a_block_full_of_escapes_is_refused_before_it_fills_the_memory(monkeypatch):
+    monkeypatch.setattr("coldtap.stores.block.LARGEST_NUMBER", 20)
+    geometry = Geometry(grid=(2, 4), prefix_tokens=1, channels=6)
+    spec = ArraySpec(gather="layers", geometry=geometry, taps=(0, 5), tier="int8", layout="fast", block_rows=16)
+    values = normal((16, 2, 9, 6))
+    buffer = ArrayBuffer(spec, Numbers(exponents=(0, 0), scaling=choose_scaling(samples_of(values), BOUND)))
+    buffer.put(values[:4], range(4))
+    values[:, 1, :, 4] += 1e5
+    with pytest.raises(StoreError, match=r"more than 3% of a block's values .* channel 4 at tap 5: the first rows"):
+        buffer.put(values[4:], range(4, 16))
+
+
+@pytest.mark.parametrize(("shift", "rtol", "atol_db"), [(0, 0.08, 0.7), (3, 0.08, 0.7), (20, 0.3, 3)])
+def test_a_draw_of_tokens_gives_the_scales_of_all_of_them(monkeypatch, shift, rtol, atol_db):
+    """Prefix tokens are all sampled; they must not weigh more in the scales than they do in the features.
+
+    Five of 20 instead of five of 201 would make the steps three times as wide at a shift of 20.
+    """
+    geometry = Geometry(grid=(14, 14), prefix_tokens=5, channels=4)
+    spec = ArraySpec(gather="layers", geometry=geometry, taps=(0, 1), tier="int8", layout="fast", block_rows=64)
+    values = normal((192, 2, 201, 4))
+    values[:, :, :5] += shift
+    whole = choose_scaling(samples_of(values[:128]), BOUND)
+    monkeypatch.setattr("coldtap.stores.calibration.MAX_SAMPLE_BYTES", 192 * 4 * 2 * 4 * 20)
+    samples = CalibrationSamples([spec], BOUND, 192)
+    for row in range(192):
+        tokens = samples.tokens(spec, row)
+        assert len(tokens) == 20
+        for place in (0, 1):
+            samples.add(spec.name, place, 1.0, values[row, place, tokens])
+    np.testing.assert_allclose(samples.numbers()[spec.name].scaling.scale, whole.scale, rtol=rtol)
+    recorded = [about["patch"]["median_snr_db"] for about in samples.errors()[spec.name]]
+    real = [about["patch"]["median_snr_db"] for about in measure_errors(values[128:], whole, prefix_tokens=5)]
+    np.testing.assert_allclose(recorded, real, atol=atol_db)

@@ -222,6 +222,21 @@ def test_a_converted_store_is_that_of_a_direct_extraction(tmp_path, tier, layout
         assert new.recorded["errors"][name] == errors
 
 
+def test_what_was_codes_once_never_passes_for_exact_features(tmp_path):
+    source = in_memory(train=12, val=6)
+    cache(source, tmp_path / "codes", tier="int8", snr=12)
+    convert_store(tmp_path / "codes", tmp_path / "floats", tier="float32")
+    recipe = open_store(tmp_path / "floats").recipe
+    assert recipe.encoding["from"]["scales"]["snr_db"] == 12
+    with pytest.raises(RecipeMismatchError, match=r"encoding\.from: .*snr_db.* → \(absent\)"):
+        cache(source, tmp_path / "floats", tier="float32")
+    convert_store(tmp_path / "floats", tmp_path / "again", tier="int8", snr=30)
+    assert open_store(tmp_path / "again").recipe.encoding["from"]["from"]["tier"] == "int8"
+    cache(source, tmp_path / "exact", tier="float32")
+    with pytest.raises(RecipeMismatchError, match=r"encoding\.from"):
+        convert_store(tmp_path / "exact", tmp_path / "again", tier="int8", snr=30)
+
+
 def test_nothing_of_the_old_store_is_touched_and_the_new_one_only_once(tmp_path, features):
     old = made(tmp_path / "old", features)
     before = files(old)
@@ -454,8 +469,10 @@ def finished(store):
     "fault",
     [
         "recipe-written",
+        "array-created:5",
         "arrays-created",
         "shard-temporary:30",
+        "escapes-renamed:5",
         "shard-renamed:31",
         "journal-written:9",
         "index-written",

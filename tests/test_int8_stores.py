@@ -6,7 +6,7 @@ import tensorstore
 import zarr
 
 from coldtap.stores import open_store
-from coldtap.stores.codes import SCALE_OF_STEP, Scaling
+from coldtap.stores.codes import SCALE_OF_STEP, Scaling, encode
 from coldtap.stores.verify import verify_store
 from tests.synthetic import GEOMETRY, by_tap, gathered, synthetic_store
 
@@ -165,3 +165,31 @@ def test_a_store_without_exceptions_has_empty_lists(tmp_path):
     codes = np.empty((1, 4, 7, 8), np.int8)
     assert len(store.arrays[LAYERS].read_stored_into(codes, store.rows("val")[:1]).value) == 0
     assert verify_store(store.path).problems == ()
+
+
+def test_escapes_of_a_block_without_rows_do_not_reach_the_next(tmp_path, features):
+    """Its buffers are used again."""
+    features[[0, 5]] *= 1e4
+    writer = synthetic_store(
+        tmp_path / "s",
+        features,
+        TARGETS,
+        SPLITS,
+        tier="int8",
+        scaling={LAYERS: scaling_of(LAYERS)},
+        block_rows=4,
+        gathers={"layers": range(4)},
+        blocks=[],
+        finish=False,
+    )
+    buffers = writer.new_buffers()
+    buffers[LAYERS].put(features[:1], [0])
+    writer.write_block(0, buffers, rejected=[], source_sha256={}, ranges={}, environment={})
+    buffers[LAYERS].put(features[1:2], [0])
+    line = writer.write_block(1, buffers, rejected=[], source_sha256={4: "0" * 64}, ranges={}, environment={})
+    expected = encode(features[1:2], scaling_of(LAYERS)).escapes
+    kept = buffers[LAYERS].take_escapes(1, np.ones(4, bool))
+    assert len(kept.value) == 0
+    chunks = [key for key in line.shards if key.startswith("escapes/")]
+    assert bool(chunks) == bool(len(expected.value))
+    assert not list((tmp_path / "s/features.zarr").glob("escapes/layers/*/value/c/0"))

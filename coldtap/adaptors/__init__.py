@@ -1,5 +1,6 @@
 """Small trainable networks that read stored tensors only: LAST, MIST, probes. Imports no timm."""
 
+from coldtap.adaptors.batches import Batch, FeatureBatches
 from coldtap.adaptors.contract import FeatureSpec
 from coldtap.adaptors.kinds import ADAPTORS
 from coldtap.adaptors.loading import load_adaptor
@@ -10,7 +11,9 @@ from coldtap.adaptors.training import train_adaptor
 
 __all__ = [
     "ADAPTORS",
+    "Batch",
     "EpochRecord",
+    "FeatureBatches",
     "FeatureSpec",
     "Progress",
     "RunInfo",

@@ -7,7 +7,6 @@ processes: a fork deadlocks several readers, and threads read and decode while t
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -98,14 +97,18 @@ class FeatureBatches:
 
     def _open(self, taps: StoredTaps, rows: Rows) -> Callable[[Iterable[Rows]], Generator[torch.Tensor]]:
         """Reads the rows if they are kept; returns what yields the features of batches of rows."""
-        restorer = Restorer(taps, self._device, self.batch_size)
+
+        # Buffers belong to one iteration: two epochs at a time must not share them.
+        def restorer() -> Restorer:
+            return Restorer(taps, self._device, self.batch_size)
+
         if not self.residency.resident:
-            return ReadAhead(taps, restorer, self._device, self.batch_size).features
+            return lambda batches: ReadAhead(taps, restorer(), self._device, self.batch_size).features(batches)
         here = self.residency.on_gpu or self._device.type == "cpu"
         held = HeldRows(taps, rows, self._device if here else CPU)
         if here:
-            return partial(held.features, restorer=restorer)
-        return ReadAhead(held, restorer, self._device, self.batch_size).features
+            return lambda batches: held.features(batches, restorer())
+        return lambda batches: ReadAhead(held, restorer(), self._device, self.batch_size).features(batches)
 
     def shuffled(self, *, seed: int, epoch: int, start_batch: int = 0) -> Generator[Batch]:
         """Yields this process's batches of an epoch: of every sample one view, in the order that (seed, epoch) gives.

@@ -68,14 +68,36 @@ def _free_ram_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def _control_group_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit (cgroup v2) leaves."""
+def _control_group_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> int:
+    """What the tightest limit on this process's control group, or on one above it, leaves (cgroup v1 and v2)."""
     try:
-        limit = (folder / "memory.max").read_text().strip()
-        used = int((folder / "memory.current").read_text())
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return 2**62
+    left = 2**62
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            folder, limit, used = mount / path.lstrip("/"), "memory.max", "memory.current"
+        elif controllers == "memory":
+            folder, limit, used = mount / "memory" / path.lstrip("/"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        for group in (folder, *folder.parents):
+            left = min(left, _left_in_group(group, limit, used))
+    return left
+
+
+def _left_in_group(group: Path, limit: str, used: str) -> int:
+    try:
+        most = (group / limit).read_text().strip()
+        taken = int((group / used).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 2**62
-    return 2**62 if limit == "max" else int(limit) - used
+    # The page cache counts as taken, and the kernel gives it back when it is asked.
+    cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
+    return 2**62 if most == "max" else int(most) - taken + cache
 
 
 def _own_limit_bytes() -> int:

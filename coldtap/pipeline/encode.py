@@ -42,7 +42,11 @@ class BlockEncoder:
         """
         encoder = self._encoders[part.array]
         self._note(part, flaws, encoder.limit(part.position or 0))
-        encoder.write(part.values, part.position or 0, places)
+        values = part.values
+        if flaws:  # of a row that will not be there, nothing may escape
+            values = values.clone()
+            values[list(flaws)] = 0
+        encoder.write(values, part.position or 0, places)
 
     def _note(self, part: Gathered, flaws: dict[int, Flaw], limit: float) -> None:
         lows, highs = part.low.tolist(), part.high.tolist()
@@ -106,7 +110,7 @@ class _CodeEncoder:
         assert scaling is not None
         self._scale, self._offset = (torch.from_numpy(v).to(device) for v in (scaling.scale, scaling.offset))
         self._codes = _by_tap(buffer.shard.values)
-        self._escapes = buffer.escapes
+        self._buffer = buffer
 
     def limit(self, place: int) -> float:
         """Every finite value can be kept."""
@@ -116,8 +120,9 @@ class _CodeEncoder:
         """Keep the values (batch, token, channel) of one tap."""
         values = values.float()
         steps = (values - self._offset[place]).div_(self._scale[place]).round_()
-        # One look at the extremes is cheaper than a mask, and most batches have no escape.
-        if float(steps.amax()) > MAX_CODE or float(steps.amin()) < -MAX_CODE:
+        # One look at the extremes is cheaper than a mask, and most batches have no escape. A NaN hides them, hence the
+        # question is whether all is well.
+        if not (float(steps.amax()) <= MAX_CODE and float(steps.amin()) >= -MAX_CODE):
             self._escape(values, steps.abs() > MAX_CODE, place, rows)
             steps.clamp_(-MAX_CODE, MAX_CODE)
         self._codes[rows[0] : rows[-1] + 1, place].copy_(steps.to(torch.int8))
@@ -125,7 +130,7 @@ class _CodeEncoder:
     def _escape(self, values: Tensor, beyond: Tensor, place: int, rows: Sequence[int]) -> None:
         image, token, channel = beyond.nonzero().T.cpu().numpy()
         position = np.stack([image + rows[0], np.full_like(image, place), token, channel], axis=1)
-        self._escapes.append(Escapes(position=position.astype(np.uint32), value=values[beyond].cpu().numpy()))
+        self._buffer.escape(Escapes(position=position.astype(np.uint32), value=values[beyond].cpu().numpy()))
 
 
 def _by_tap(values: np.ndarray[Any, Any]) -> Tensor:

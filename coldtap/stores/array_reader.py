@@ -1,7 +1,7 @@
 """One array of a store, read row by row in threads, without zarr's indexing."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -215,8 +215,9 @@ class StoredArray:
             read(order)
             return
         first, *others = np.array_split(order, n_parts)
-        futures = [self._threads.submit(read, part) for part in others]
+        futures: list[Future[None]] = []
         try:
+            futures += (self._threads.submit(read, part) for part in others)
             read(first)
         finally:
             wait(futures)  # `out` belongs to the caller again only when no thread writes to it

@@ -8,6 +8,7 @@ import numpy as np
 from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.chunks import compress
 from coldtap.stores.codes import ErrorBound, Floats, Scaling, choose_scaling, encode, measure_errors
+from coldtap.stores.shards import Mask
 from coldtap.stores.tiers import Numbers, float16_exponent
 
 CALIBRATION_ROWS = 64
@@ -26,8 +27,9 @@ def calibration_rows(specs: Sequence[ArraySpec]) -> int:
 class CalibrationSamples:
     """What the first rows show: extremes of every tap, and for codes some tokens of every row.
 
-    All prefix tokens and a draw of the patches. Rows are added in order, those that cannot be used left out. A store
-    with too few rows for both keeps a third of them for the errors.
+    Where all tokens would be too much, all prefix tokens and a draw of the patches; of the prefix tokens only as large
+    a share then counts in the scales, or the few of them would outweigh the patches. Rows are added in order, those
+    that cannot be used left out. A store with too few rows for both keeps a third of them for the errors.
     """
 
     def __init__(self, specs: Sequence[ArraySpec], bound: ErrorBound | None, n_rows: int) -> None:
@@ -54,9 +56,18 @@ class CalibrationSamples:
     def tokens(self, spec: ArraySpec, row: int) -> list[int]:
         """The tokens of a row of which `add` wants the values."""
         prefix, tokens = spec.geometry.prefix_tokens, spec.geometry.tokens
-        n_patches = min(tokens - prefix, max(self._n_tokens - prefix, 1))
-        drawn = np.random.default_rng(row).permutation(tokens - prefix)[:n_patches]
+        drawn = np.random.default_rng(row).permutation(tokens - prefix)[: self._n_patches(spec)]
         return [*range(prefix), *sorted((prefix + drawn).tolist())]
+
+    def _n_patches(self, spec: ArraySpec) -> int:
+        prefix = spec.geometry.prefix_tokens
+        return min(spec.geometry.tokens - prefix, max(self._n_tokens - prefix, 1))
+
+    def _tokens_that_count(self, spec: ArraySpec, number: int) -> Mask:
+        """Of the tokens of the `number`-th row added: every patch, and a draw of the prefix tokens."""
+        prefix, n_patches = spec.geometry.prefix_tokens, self._n_patches(spec)
+        share = n_patches / (spec.geometry.tokens - prefix)
+        return np.concatenate([np.random.default_rng(number).random(prefix) < share, np.ones(n_patches, bool)])
 
     def add(self, array: str, place: int, largest: float, values: Floats | None) -> None:
         """Take in one tap of one array of a row.
@@ -83,15 +94,17 @@ class CalibrationSamples:
     def _scaling(self, spec: ArraySpec) -> Scaling:
         if spec.name not in self._scalings:
             assert self._bound is not None
-            values = self._stacked(spec, slice(self.n_scales))
-            samples = values.transpose(1, 0, 2, 3).reshape(len(spec.taps), -1, spec.geometry.channels)
-            self._scalings[spec.name] = choose_scaling(samples, self._bound)
+            values, counted = self._stacked(spec, slice(self.n_scales))
+            self._scalings[spec.name] = choose_scaling(values.transpose(1, 0, 2, 3)[:, counted], self._bound)
         return self._scalings[spec.name]
 
-    def _stacked(self, spec: ArraySpec, rows: slice) -> Floats:
-        """Sampled values (row, tap, token, channel); rows that are not finite are left out."""
+    def _stacked(self, spec: ArraySpec, rows: slice) -> tuple[Floats, Mask]:
+        """Sampled values (row, tap, token, channel), and which (row, token) count; finite rows alone."""
         values = np.stack([np.stack(tap[rows]) for tap in self._values[spec.name]], axis=1)
-        return values[np.isfinite(values).all(axis=(1, 2, 3))]
+        finite = np.isfinite(values).all(axis=(1, 2, 3))
+        numbers = range(len(self._values[spec.name][0]))[rows]
+        counted = np.stack([self._tokens_that_count(spec, number) for number in numbers])
+        return values[finite], counted[finite]
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
         """Of each int8 array, what its codes lose on the rows after those of the scales; empty where there is none."""
@@ -100,14 +113,16 @@ class CalibrationSamples:
     def _errors(self, spec: ArraySpec) -> list[dict[str, Any]]:
         if len(self._values[spec.name][0]) <= self.n_scales:
             return []
-        held = self._stacked(spec, slice(self.n_scales, None))
+        held, counted = self._stacked(spec, slice(self.n_scales, None))
         prefix = spec.geometry.prefix_tokens
-        return measure_errors(held, self._scaling(spec), prefix_tokens=prefix) if len(held) else []
+        if len(held) == 0:
+            return []
+        return measure_errors(held, self._scaling(spec), prefix_tokens=prefix, counted=counted)
 
     def compressed(self) -> dict[str, float]:
         """Of each `compact` array, the share of its codes' bytes that zstd leaves, from the sampled tokens."""
         return {name: self._compressed(spec) for name, spec in self._specs.items() if spec.layout == "compact"}
 
     def _compressed(self, spec: ArraySpec) -> float:
-        codes = encode(self._stacked(spec, slice(COMPRESSED_ROWS)), self._scaling(spec)).codes
+        codes = encode(self._stacked(spec, slice(COMPRESSED_ROWS))[0], self._scaling(spec)).codes
         return sum(len(compress(np.ascontiguousarray(tap))) for row in codes for tap in row) / codes.nbytes

@@ -33,6 +33,8 @@ FINEST_STEP, COARSEST_STEP = 4 / MAX_CODE, 4.0
 SCALE_OF_STEP = 1 - 2.0**-8
 FINEST_STEP_OF_OFFSET = 2.0**-14
 
+LARGEST_SNR_DB = 1000.0  # beyond it (either way) the power overflows; bounds that can be kept lie far inside
+
 TRIM = 1 / 8  # share of values left out at each end before the fence is set: massive tokens are fewer
 FENCE = 32.0  # in trimmed standard deviations from the median: what lies beyond does not count as variance
 
@@ -51,6 +53,10 @@ class ErrorBound:
     def __post_init__(self) -> None:
         if (self.snr_db is None) == (self.max_error is None):
             raise OptionError("give --snr or --max-error, one of the two")
+        for option, field in (("--snr", "snr_db"), ("--max-error", "max_error")):
+            if (given := getattr(self, field)) is not None:
+                # One number, one recipe: 30, 30.0 and numpy's 30 are the same bound.
+                object.__setattr__(self, field, _number(option, given))
         step = self.step_of_deviation
         name = f"--snr {self.snr_db:g}" if self.snr_db is not None else f"--max-error {self.max_error:g}"
         if not step >= FINEST_STEP:
@@ -68,7 +74,7 @@ class ErrorBound:
     def step_of_deviation(self) -> float:
         """The step in standard deviations of a channel."""
         if self.snr_db is not None:
-            return sqrt(12 * 10 ** (-(self.snr_db + SNR_MARGIN_DB) / 10))
+            return sqrt(12 * 10 ** (-(max(self.snr_db, -LARGEST_SNR_DB) + SNR_MARGIN_DB) / 10))
         assert self.max_error is not None
         return 2 * self.max_error
 
@@ -85,6 +91,16 @@ class ErrorBound:
             "trim": TRIM,
             "fence": FENCE,
         }
+
+
+def _number(option: str, given: object) -> float:
+    try:
+        value = float(given)  # type: ignore[arg-type] # whatever it is
+    except (TypeError, ValueError):
+        raise OptionError(f"{option} {given!r}: give a number") from None
+    if value != value or abs(value) == float("inf"):
+        raise OptionError(f"{option} {given}: give a finite number")
+    return value
 
 
 def _snr_of(step: float) -> float:
@@ -145,7 +161,8 @@ def choose_scaling(samples: Array, bound: ErrorBound) -> Scaling:
         step = np.where(step > 0, step, usual)
         step = np.maximum(step, FINEST_STEP_OF_OFFSET * np.abs(mean))
         offset.append(mean.astype(np.float32))
-        scale.append((SCALE_OF_STEP * step).astype(np.float32))
+        # Where the features fill float32's range no finite scale would do; everything else escapes then.
+        scale.append(np.minimum(SCALE_OF_STEP * step, np.finfo(np.float32).max / 256).astype(np.float32))
     return Scaling(scale=np.stack(scale), offset=np.stack(offset))
 
 
@@ -187,7 +204,7 @@ def encode(values: Floats, scaling: Scaling) -> Encoded:
     np.rint(steps, out=steps)
     beyond = np.empty(0, np.int64)
     # One look at the extremes is cheaper than a mask, and most rows have no escape.
-    if steps.size and (steps.max() > MAX_CODE or steps.min() < -MAX_CODE):
+    if steps.size and not (steps.max() <= MAX_CODE and steps.min() >= -MAX_CODE):
         beyond = np.flatnonzero(np.abs(steps) > MAX_CODE)
         np.clip(steps, -MAX_CODE, MAX_CODE, out=steps)
     position = np.stack(np.unravel_index(beyond, values.shape), axis=1).astype(np.uint32)
@@ -212,7 +229,9 @@ def bound_of(scaling: Scaling) -> Array:
     return scaling.scale.astype(np.float64) / SCALE_OF_STEP / 2
 
 
-def measure_errors(values: Floats, scaling: Scaling, *, prefix_tokens: int) -> list[dict[str, Any]]:
+def measure_errors(
+    values: Floats, scaling: Scaling, *, prefix_tokens: int, counted: Array | None = None
+) -> list[dict[str, Any]]:
     """What the codes lose, a tap: the worst channel, prefix and patch tokens apart.
 
     The signal of a channel is its robust variance over all tokens of these values.
@@ -221,12 +240,13 @@ def measure_errors(values: Floats, scaling: Scaling, *, prefix_tokens: int) -> l
         values: (row, tap, token, channel), rows that were not used for calibration.
         scaling: of the array.
         prefix_tokens: tokens before the patches.
+        counted: (row, token), true where a value counts in the channels' variance; None for all.
     """
     encoded = encode(values, scaling)
     restored = np.empty(values.shape, np.float32)
     restore_codes(encoded.codes, restored, scaling)
     restored[tuple(encoded.escapes.position.T)] = encoded.escapes.value
-    found = worst_channels(values, restored, prefix_tokens=prefix_tokens)
+    found = worst_channels(values, restored, prefix_tokens=prefix_tokens, counted=counted)
     for place, about in enumerate(found):
         error = np.abs(values[:, place].astype(np.float64) - restored[:, place])
         escaped = encoded.escapes.position[:, 1] == place
@@ -235,18 +255,22 @@ def measure_errors(values: Floats, scaling: Scaling, *, prefix_tokens: int) -> l
     return found
 
 
-def worst_channels(values: Floats, restored: Floats, *, prefix_tokens: int) -> list[dict[str, Any]]:
+def worst_channels(
+    values: Floats, restored: Floats, *, prefix_tokens: int, counted: Array | None = None
+) -> list[dict[str, Any]]:
     """The worst channel of every tap, prefix and patch tokens apart.
 
     Args:
         values: (row, tap, token, channel) as they were.
         restored: the same as they are kept.
         prefix_tokens: tokens before the patches.
+        counted: (row, token), true where a value counts in the channels' variance; None for all.
     """
     found = []
     for place in range(values.shape[1]):
         error = values[:, place].astype(np.float64) - restored[:, place]
-        _, variance = robust_moments(values[:, place].reshape(-1, values.shape[-1]))
+        signal = values[:, place].reshape(-1, values.shape[-1]) if counted is None else values[:, place][counted]
+        _, variance = robust_moments(signal)
         found.append(
             {
                 part: _worst(error[:, tokens], variance)

@@ -1,8 +1,8 @@
 """Converting a store to another tier or layout, without the backbone.
 
 Extractor and rows of the recipe stay, so an adaptor cannot tell a converted store from one that was extracted into
-that tier, and the two have the same address. Blocks are written as extraction writes them: a conversion that died
-anywhere goes on and ends in the same bytes.
+that tier. From float32 the two have the same address; of what was less exact before, the recipe says so (`from`).
+Blocks are written as extraction writes them: a conversion that died anywhere goes on and ends in the same bytes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -199,9 +199,23 @@ def _plan(source: Store, tier: Tier, layout: Layout | None, bound: ErrorBound | 
     same_codes = old["tier"] == tier == "int8" and (bound is None or old["scales"] == asked["scales"])
     if same_codes:
         asked["scales"] = old["scales"]
+    if lineage := _lineage(old, same_codes=same_codes):
+        asked["from"] = lineage
     recipe = Recipe(extractor=source.recipe.extractor, rows=source.recipe.rows, encoding=asked)
     rows = row_plan(source, specs[0].block_rows)
     return _Plan(source=source, encoding=encoding, same_codes=same_codes, specs=specs, rows=rows, recipe=recipe)
+
+
+def _lineage(old: Mapping[str, Any], *, same_codes: bool) -> dict[str, Any] | None:
+    """What a new recipe says of the old store, where that had lost something already.
+
+    Features that were codes once must never pass for features that were kept exactly: they get an address of their own.
+    """
+    if same_codes:
+        return old.get("from")
+    if old["tier"] == "float32" and "from" not in old:
+        return None
+    return {key: old[key] for key in ("tier", "scales", "from") if key in old}
 
 
 def _by_tap(spec: ArraySpec, errors: Errors) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from collections import Counter
 
 FAULT_POINTS = (
     "recipe-written",
+    "array-created",
     "arrays-created",
     "shard-temporary",
     "shard-renamed",

@@ -12,7 +12,8 @@ import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +90,21 @@ class ShardFile:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise MachineError(f"{path}: too many open files: raise the limit (ulimit -n)") from error
             raise CorruptStoreError(f"{path}: the shard cannot be opened ({error.strerror})") from None
-        weakref.finalize(self, os.close, self._descriptor)
+        close = weakref.finalize(self, os.close, self._descriptor)
         about = os.fstat(self._descriptor)
         file = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
         self.index = index if index and index.file == file else self._read_index(about.st_size, file)
+        self._mapping = self._mapped(about.st_size) if mapped else None
         self._map: Bytes | None = None
         self._rows: Bytes | None = None  # (row present, chunk, byte), where every chunk lies at its regular place
-        if mapped:
-            self._map = self._mapped(about.st_size)
+        if self._mapping is not None:
+            close()  # a map has a descriptor of its own
+            self._map = np.frombuffer(self._mapping, np.uint8)
             self._rows = self._regular_rows(self._map)
 
-    def _mapped(self, n_bytes: int) -> Bytes:
+    def _mapped(self, n_bytes: int) -> mmap.mmap:
         try:
-            # Python's map keeps a descriptor of its own.
-            return np.frombuffer(mmap.mmap(self._descriptor, n_bytes, access=mmap.ACCESS_READ), np.uint8)
+            return mmap.mmap(self._descriptor, n_bytes, access=mmap.ACCESS_READ)
         except ValueError as error:
             raise CorruptStoreError(f"{self.path}: it was cut while it was opened") from error
         except OSError as error:
@@ -120,7 +122,7 @@ class ShardFile:
         Raises:
             CorruptStoreError: the file is shorter or longer than it was.
         """
-        n_bytes = os.fstat(self._descriptor).st_size
+        n_bytes = os.fstat(self._descriptor).st_size if self._mapping is None else self._mapping.size()
         if n_bytes != self.index.file[2]:
             raise CorruptStoreError(f"{self.path}: {n_bytes} bytes; it had {self.index.file[2]} when it was opened")
 
@@ -211,45 +213,47 @@ class ShardFile:
         return True
 
     def _read_row(self, row: int, chunks: list[int], out: memoryview) -> None:
-        offsets, lengths = self.index.offsets[row], self.index.lengths[row]
-        start = 0
-        for run in _runs(chunks, offsets, lengths):
-            if offsets[run[0]] < 0:
-                raise CorruptStoreError(f"{self._where(row, run[0])}: there is no chunk")
-            data = self._bytes(row, run, int(offsets[run[0]]), int(lengths[run].sum()))
-            at = 0
-            for chunk, length in zip(run, lengths[run].tolist(), strict=True):
-                stored = data[at : at + length - CRC_BYTES]
-                if not self.index.checked[row, chunk]:
-                    self._check(row, chunk, stored, data[at + length - CRC_BYTES : at + length])
-                out[start : start + self._n_values] = self._values(row, chunk, stored)
-                self.index.checked[row, chunk] = True  # its frame is known too: `_decode_rows` relies on it
-                at, start = at + length, start + self._n_values
+        """The careful path: every chunk is checked before it is used, its frame's size too."""
+        checked, n, start = self.index.checked[row], self._n_values, 0
+        for chunk, stored in zip(chunks, self._stored(row, chunks), strict=True):
+            values = stored[:-CRC_BYTES]
+            if not checked[chunk] and checksum(values) != stored[-CRC_BYTES:].tobytes():
+                raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
+            out[start : start + n] = (
+                memoryview(values) if self.spec.layout == "fast" else self._decoded(row, chunk, values)
+            )
+            checked[chunk] = True  # its frame is known too: `_decode_rows` relies on it
+            start += n
 
-    def _bytes(self, row: int, run: list[int], offset: int, n_bytes: int) -> memoryview:
-        """A run of stored chunks."""
-        if self._map is not None:
-            return memoryview(self._map)[offset : offset + n_bytes]
+    def _stored(self, row: int, chunks: list[int]) -> Iterator[Bytes]:
+        """Each chunk as it is stored, its checksum included."""
+        offsets, lengths = self.index.offsets[row].tolist(), self.index.lengths[row].tolist()
+        for run in [[chunk] for chunk in chunks] if self._map is not None else _runs(chunks, offsets, lengths):
+            offset = offsets[run[0]]
+            if offset < 0:
+                raise CorruptStoreError(f"{self._where(row, run[0])}: there is no chunk")
+            n_bytes = sum(lengths[chunk] for chunk in run)
+            data = (
+                self._read(row, run[0], offset, n_bytes) if self._map is None else self._map[offset : offset + n_bytes]
+            )
+            for chunk in run:
+                yield data[: lengths[chunk]]
+                data = data[lengths[chunk] :]
+
+    def _read(self, row: int, chunk: int, offset: int, n_bytes: int) -> Bytes:
         try:
             data = os.pread(self._descriptor, n_bytes, offset)
         except OSError as error:
-            raise CorruptStoreError(f"{self._where(row, run[0])}: cannot be read ({error.strerror})") from error
+            raise CorruptStoreError(f"{self._where(row, chunk)}: cannot be read ({error.strerror})") from error
         if len(data) != n_bytes:
-            raise CorruptStoreError(f"{self._where(row, run[0])}: the shard ends early")
-        return memoryview(data)
+            raise CorruptStoreError(f"{self._where(row, chunk)}: the shard ends early")
+        return np.frombuffer(data, np.uint8)
 
-    def _values(self, row: int, chunk: int, stored: memoryview) -> memoryview | bytes:
-        """The bytes of a chunk's values."""
-        if self.spec.layout == "fast":
-            return stored
+    def _decoded(self, row: int, chunk: int, frame: Bytes) -> bytes:
         try:
-            return decompress(stored, self._n_values)
+            return decompress(memoryview(frame), self._n_values)
         except ValueError as error:
             raise CorruptStoreError(f"{self._where(row, chunk)}: its zstd frame is damaged ({error})") from error
-
-    def _check(self, row: int, chunk: int, stored: memoryview, expected: memoryview) -> None:
-        if checksum(stored) != expected:
-            raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
 
     def _where(self, row: int, chunk: int) -> str:
         tap = f", tap {self.spec.taps[chunk]}" if self.spec.gather == "layers" else ""
@@ -260,21 +264,23 @@ class ShardFile:
         offsets, lengths = self.index.offsets[rows], self.index.lengths[rows]
         first, last = min(chunks), max(chunks)
         for start, end in zip(offsets[:, first].tolist(), (offsets + lengths)[:, last].tolist(), strict=True):
-            if 0 <= start < end and hasattr(os, "posix_fadvise"):
+            if 0 <= start < end:
+                self._advise(start, end)
+
+    def _advise(self, start: int, end: int) -> None:
+        if self._mapping is None:
+            if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+        elif hasattr(mmap, "MADV_WILLNEED"):
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
 
 
-def _runs(chunks: Sequence[int], offsets: Any, lengths: Any) -> list[list[int]]:
+def _runs(chunks: list[int], offsets: list[int], lengths: list[int]) -> list[list[int]]:
     """Chunks that lie behind each other in the file, in the order given."""
-    if len(chunks) == 1:
-        return [[chunks[0]]]
-    order = np.asarray(chunks)
-    joined = offsets[order[:-1]] + lengths[order[:-1]] == offsets[order[1:]]
-    if joined.all() and offsets[order[0]] >= 0:
-        return [list(chunks)]
     runs = [[chunks[0]]]
-    for chunk, continues in zip(chunks[1:], joined.tolist(), strict=True):
-        if continues and offsets[chunk] >= 0:
+    for before, chunk in pairwise(chunks):
+        if offsets[before] >= 0 and offsets[before] + lengths[before] == offsets[chunk]:
             runs[-1].append(chunk)
         else:
             runs.append([chunk])

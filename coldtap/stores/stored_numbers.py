@@ -14,6 +14,8 @@ from coldtap.stores.errors import CorruptStoreError
 from coldtap.stores.manifest import FEATURES
 from coldtap.stores.tiers import Numbers
 
+ROOT = f"{FEATURES}/zarr.json"  # written when every array's metadata and scales are there
+
 type Read = Callable[[str], bytes | None]  # the bytes of a file under `features.zarr`, None where there is none
 
 
@@ -28,8 +30,7 @@ def stored_numbers(store: Path, specs: Sequence[ArraySpec]) -> dict[str, Numbers
         path = store / FEATURES / name
         return path.read_bytes() if path.exists() else None
 
-    # The norm's group is written after every array.
-    if read("norm/zarr.json") is None:
+    if not (store / ROOT).exists():
         return None
     return {spec.name: read_numbers(read, spec, store / FEATURES) for spec in specs}
 

@@ -46,6 +46,7 @@ from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import RECIPE
 from coldtap.stores.rows import RowPlan
 from coldtap.stores.shards import SealedShard
+from coldtap.stores.stored_numbers import ROOT, stored_numbers
 from coldtap.stores.tiers import Numbers
 
 
@@ -65,7 +66,7 @@ class StoreWriter:
 
         Args:
             recorded: what goes beside the recipe.
-            numbers: how the values of each array are kept.
+            numbers: how the values of each array are kept, unless an earlier call has fixed it.
             norm: the backbone's final norm.
 
         Raises:
@@ -78,10 +79,13 @@ class StoreWriter:
         recipe = readable_json({**self.recipe.to_dict(), "recorded": dict(recorded)})
         self._write_missing(RECIPE, recipe)
         fault_point("recipe-written")
-        self.numbers = numbers
-        statics = static_files(self.recipe, self.specs, self.plan.n_rows, numbers, norm)
-        for name, data in statics.items():
-            self._write_missing(name, data)
+        # What lies there from an earlier call is used for good; the root, written last, says that all of it lies there.
+        begun = stored_numbers(self.store, self.specs)
+        self.numbers = begun or numbers
+        statics = static_files(self.recipe, self.specs, self.plan.n_rows, self.numbers, norm)
+        for name in sorted(statics, key=ROOT.__eq__) if begun is None else ():
+            write_file(self.store / name, [statics[name]])
+            fault_point("array-created")
         self._statics = tuple(statics)
         fault_point("arrays-created")
 
@@ -140,11 +144,13 @@ class StoreWriter:
         present = np.zeros(self.plan.block_rows, bool)
         present[[row % self.plan.block_rows for row in source_sha256]] = True
         shards: dict[str, ShardRecord] = {}
-        for spec in self.specs if present.any() else ():
-            buffer = buffers[spec.name]
-            self._place_shard(spec.shard_key(block), buffer.shard.seal(present), shards)
+        for spec in self.specs:
+            # Taken also where no row is present: the buffer goes on to another block.
+            escapes = buffers[spec.name].take_escapes(block, present)
             self._forget_escapes(spec, block)
-            for key, data in escape_chunks(spec, block, buffer.take_escapes(block, present)):
+            if present.any():
+                self._place_shard(spec.shard_key(block), buffers[spec.name].shard.seal(present), shards)
+            for key, data in escape_chunks(spec, block, escapes):
                 self._place_escapes(key, data, shards)
         fault_point("block-renamed")
         line = JournalLine(
