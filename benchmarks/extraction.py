@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import own_process
+from benchmarks.machine import own_process, paused
 from benchmarks.pictures import Pictures, decode, decoded_images, encoded_images
 
 # Whether torch's threads spin or sleep when they have nothing to do: read once, when torch is loaded.
@@ -107,7 +107,9 @@ def _measure_case(case: Case, quick: bool) -> list[dict[str, Any]]:
         loops = {way: stack.enter_context(own_process(OMP_WAIT_POLICY=way)) for way in waiting}
         extraction = stack.enter_context(own_process(OMP_WAIT_POLICY="PASSIVE"))
         best = _search(case, loops)
-        bare = loops[best.waiting]
+        bare = loops.pop(best.waiting)
+        for unused in loops.values():
+            stack.enter_context(paused(unused))
         records = []
         for decoding in (False, True):
             rounds = [_round(case, bare, extraction, best, decoding, turn) for turn in range(case.repeats)]
@@ -125,10 +127,12 @@ def _search(case: Case, loops: dict[str, Executor]) -> Loop:
     tried = [
         Loop(batch_size=size, n_threads=n, waiting=way) for size, n, way in product(case.batch_sizes, threads, loops)
     ]
-    rounds = [
-        [loops[loop.waiting].submit(bare_speed, case, loop, False, case.n_search).result() for loop in tried]
-        for _ in range(3)
-    ]
+
+    def speed(loop: Loop) -> Speed:
+        with paused(*(other for way, other in loops.items() if way != loop.waiting)):
+            return loops[loop.waiting].submit(bare_speed, case, loop, False, case.n_search).result()
+
+    rounds = [[speed(loop) for loop in tried] for _ in range(3)]
     fastest = [max(speeds, key=lambda speed: speed.images_per_s) for speeds in zip(*rounds, strict=True)]
     return max(zip(tried, fastest, strict=True), key=lambda pair: pair[1].images_per_s)[0]
 
@@ -138,8 +142,10 @@ def _round(case: Case, bare: Executor, extraction: Executor, loop: Loop, decodin
 
     def run(name: str) -> Speed:
         if name == "bare":
-            return bare.submit(bare_speed, case, loop, decoding, case.n_images).result()
-        return extraction.submit(extraction_speed, case, decoding, name).result()
+            with paused(extraction):
+                return bare.submit(bare_speed, case, loop, decoding, case.n_images).result()
+        with paused(bare):
+            return extraction.submit(extraction_speed, case, decoding, name).result()
 
     names = ("bare", *TIERS)
     return {name: run(name) for name in names[turn % len(names) :] + names[: turn % len(names)]}
