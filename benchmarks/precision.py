@@ -83,20 +83,35 @@ def bits_a_value(store: Path) -> dict[str, float]:
     return found
 
 
+def finished(todo: Sequence[Trial]) -> dict[Trial, dict[str, float]]:
+    """What the trainings that are done have reached."""
+    from coldtap.adaptors import read_run
+
+    runs = {trial: read_run(Path(trial.out)) for trial in todo}
+    return {trial: {"test": 100 * run.metrics["test"].top1} for trial, run in runs.items() if run is not None}
+
+
+def whole_seeds(results: dict[Trial, dict[str, float]], work: Path, names: Sequence[str], adaptor: str) -> list[int]:
+    """Seeds of which every set is done, in both tiers."""
+    return [s for s in SEEDS if all(trial(work, n, kept, adaptor, s) in results for n in names for kept in PAIR)]
+
+
 def paired(results: dict[Trial, dict[str, float]], work: Path, names: Sequence[str], adaptor: str) -> dict[str, Any]:
     """The differences int8 − float32 in points of test accuracy, a pair each, and their interval."""
+    seeds = whole_seeds(results, work, names, adaptor)
 
     def test(dataset: str, kept: Kept, seed: int) -> float:
         return results[trial(work, dataset, kept, adaptor, seed)]["test"]
 
-    differences = {name: [test(name, PAIR[1], seed) - test(name, PAIR[0], seed) for seed in SEEDS] for name in names}
+    differences = {name: [test(name, PAIR[1], seed) - test(name, PAIR[0], seed) for seed in seeds] for name in names}
     pairs = [difference for of_set in differences.values() for difference in of_set]
     mean = statistics.mean(pairs)
     half = T_95[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
     return {
         "adaptor": adaptor,
-        "float32": statistics.mean(test(name, PAIR[0], seed) for name in names for seed in SEEDS),
-        "int8": statistics.mean(test(name, PAIR[1], seed) for name in names for seed in SEEDS),
+        "seeds": len(seeds),
+        "float32": statistics.mean(test(name, PAIR[0], seed) for name in names for seed in seeds),
+        "int8": statistics.mean(test(name, PAIR[1], seed) for name in names for seed in seeds),
         "difference": mean,
         "interval": [mean - half, mean + half],
         "by_set": {name: statistics.mean(of_set) for name, of_set in differences.items()},
@@ -124,12 +139,15 @@ def curve(results: dict[Trial, dict[str, float]], work: Path) -> list[dict[str, 
 
 
 def tables(pairs: list[dict[str, Any]], points: list[dict[str, Any]]) -> str:
-    lines = ["| adaptor | float32 | int8, 30 dB | difference | 95 % interval |", "| --- | --: | --: | --: | --: |"]
+    lines = [
+        "| adaptor | seeds | float32 | int8, 30 dB | difference | 95 % interval |",
+        "| --- | --: | --: | --: | --: | --: |",
+    ]
     for pair in pairs:
         low, high = pair["interval"]
         lines.append(
-            f"| {pair['adaptor']} | {pair['float32']:.2f} | {pair['int8']:.2f} | {pair['difference']:+.2f} "
-            f"| {low:+.2f} … {high:+.2f} |"
+            f"| {pair['adaptor']} | {pair['seeds']} | {pair['float32']:.2f} | {pair['int8']:.2f} "
+            f"| {pair['difference']:+.2f} | {low:+.2f} … {high:+.2f} |"
         )
     lines += ["", "| set | adaptor | kept as | bits a value | test |", "| --- | --- | --- | --: | --: |"]
     for point in points:
@@ -179,6 +197,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/downstream"))
     parser.add_argument("--work", type=Path, default=Path("results-out/precision"))
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--report", action="store_true", help="train nothing: the tables of what is done so far")
     arguments = parser.parse_args()
     data, work = arguments.data, arguments.work
     names = sorted(path.stem for path in data.glob("*.parquet"))
@@ -189,13 +208,15 @@ def main() -> None:
     ]
     todo += [trial(work, n, kept, "last", s) for s in SEEDS for n in names for kept in PAIR]
     print(f"budget: {len(todo)} trainings of {EPOCHS} epochs, learning rates {RATES}, in {arguments.jobs} processes")
-    for name in names:
-        for kept in PAIR:
-            cache(data, work, name, kept)
-    for name in CURVE_SETS:
-        for kept in CURVE:
-            cache(data, work, name, kept, taps="last:1", gather=["layers", "sum"])
-    results = run_all(todo, arguments.jobs)
+    if not arguments.report:
+        for name in names:
+            for kept in PAIR:
+                cache(data, work, name, kept)
+        for name in CURVE_SETS:
+            for kept in CURVE:
+                cache(data, work, name, kept, taps="last:1", gather=["layers", "sum"])
+        run_all(todo, arguments.jobs)
+    results = finished(todo)
     pairs, points = [paired(results, work, names, adaptor) for adaptor in ("mist", "last")], curve(results, work)
     (work / "precision.json").write_text(json.dumps({"pairs": pairs, "curve": points}, indent=1))
     (work / "precision.md").write_text(tables(pairs, points) + "\n")
