@@ -169,7 +169,12 @@ class BackboneBatches:
         from coldtap.stores.arrays import ArraySpec
 
         spec = ArraySpec(
-            gather=self.spec.gather, geometry=self.spec.geometry, taps=self.spec.taps, tier="float32", block_rows=1
+            gather=self.spec.gather,
+            geometry=self.spec.geometry,
+            taps=self.spec.taps,
+            tier="float32",
+            layout="fast",
+            block_rows=1,
         )
         parts = [part.values for part in gather(self._backbone(pixels), [spec])]
         # A copy, since what comes out of inference mode cannot be kept for a backward pass.

@@ -518,5 +518,5 @@ def test_int8_keeps_every_value_within_its_bound(tmp_path, layout):
             assert (np.abs(expected.astype(float) - found) <= bound).all()
     again = cache(images, tmp_path / "s", tier="int8", layout=layout, snr=25)
     assert (again.status, again.digest) == ("unchanged", report.digest)
-    with pytest.raises(RecipeMismatchError, match=r"encoding\.scales\.snr_db: 25 → 26"):
+    with pytest.raises(RecipeMismatchError, match=r"encoding\.scales\.snr_db: 25\.0 → 26\.0"):
         cache(images, tmp_path / "s", tier="int8", layout=layout, snr=26)

@@ -110,7 +110,7 @@ def convert_store(
         if is_complete(path):
             return plan.report(path, "unchanged", digest=open_store(path).digest)
         _require_same_origin(path, found[1], plan.source)
-    if plan.recipe.address == plan.source.recipe.address:
+    if all(plan.recipe.encoding[key] == plan.source.recipe.encoding[key] for key in ("tier", "layout", "scales")):
         raise OptionError(f"{store} is of tier {tier} in layout {plan.encoding.layout} already: copy the folder")
     work = _Work(path=path, plan=plan, recorded=found[1] if found else None, told=reporter or Silence())
     return work.run(dry_run=dry_run)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldtap.stores.durable import write_file
-from coldtap.stores.errors import CorruptStoreError, IncompleteStoreError
+from coldtap.stores.errors import CorruptStoreError, IncompleteStoreError, MachineError
 from coldtap.stores.faults import fault_point
 from coldtap.stores.files import open_regular, read_text_bytes
 
@@ -121,6 +121,7 @@ def read_manifest(store: Path) -> Manifest:
     Raises:
         IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
         CorruptStoreError: it cannot be read.
+        MachineError: this user may not read it.
     """
     path = store / MANIFEST
     try:
@@ -129,6 +130,8 @@ def read_manifest(store: Path) -> Manifest:
         raise IncompleteStoreError(
             f"{store} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
         ) from None
+    except PermissionError as error:
+        raise MachineError(f"{path} may not be read ({error.strerror}): change its mode or ask its owner") from error
     except OSError as error:
         raise CorruptStoreError(f"{path} cannot be read ({error.strerror})") from error
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from coldtap.stores.canonical import parse_json
 from coldtap.stores.durable import TEMPORARY_SUFFIX
-from coldtap.stores.errors import CorruptStoreError, RecipeMismatchError, StoreError
+from coldtap.stores.errors import CorruptStoreError, MachineError, RecipeMismatchError, StoreError
 from coldtap.stores.files import read_small
 from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.recipe import Recipe, differences
@@ -32,6 +32,8 @@ def read_recipe(store: Path) -> tuple[Recipe, dict[str, Any]] | None:
         return None
     except NotADirectoryError as error:
         raise StoreError(f"{store} lies below a file, not a folder: give another path") from error
+    except PermissionError as error:
+        raise MachineError(f"{path} may not be read ({error.strerror}): change its mode or ask its owner") from error
     except OSError as error:
         raise CorruptStoreError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
