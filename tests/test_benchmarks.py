@@ -25,7 +25,7 @@ def test_quick_benchmarks_print_finite_ratios(tmp_path, capsys):
     assert records["machine"]["cores"]
     ratios = [record["ratio"] for record in records["extraction"]]
     ratios += [record[name] for record in records["training"] for name in ("time_ratio", "memory_ratio")]
-    assert len(ratios) == 8
+    assert len(ratios) == 10
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
     for record in records["extraction"]:
         assert f"{record['ratio']:.2f}" in printed
