@@ -371,7 +371,7 @@ def test_a_damaged_chunk_is_named_and_finished_blocks_stay(tmp_path, features, s
     old = made(tmp_path / "old", features)
     whole = shutil.copytree(old, tmp_path / "whole")
     damaged(old, 6)
-    with pytest.raises(CorruptStoreError) as caught:
+    with pytest.raises(CorruptStoreError, match="row 48, tap 0") as caught:
         convert_store(old, tmp_path / "new", tier="int8")
     message = str(caught.value)
     assert message.startswith(f"{old}/features.zarr/{LAYERS}/c/6")

@@ -51,7 +51,7 @@ def test_the_demo_leaves_a_table_and_a_picture(tmp_path, capfd):
 
 def test_without_scikit_learn_one_line_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match=r"^7$") as ended:
         demo.guarded(demo.demo)(out=tmp_path / "out", epochs=1)
     assert ended.value.code == 7
     assert "scikit-learn" in capsys.readouterr().err

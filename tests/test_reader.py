@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -288,7 +289,7 @@ def test_a_shard_that_is_cut_after_it_was_opened_is_an_error(own, left):
     size = int(len(whole) * left) if isinstance(left, float) else left if left >= 0 else len(whole) + left
     os.truncate(shard, size)
     for row in seen:
-        with pytest.raises(CorruptStoreError) as error:
+        with pytest.raises(CorruptStoreError, match=re.escape(str(shard))) as error:
             read(array, [row])
         assert str(shard) in str(error.value)
     shard.write_bytes(whole)
