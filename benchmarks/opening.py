@@ -133,7 +133,7 @@ def draw_first_batch(path: Path) -> dict[str, Any]:
 def train_first_batch(path: Path) -> dict[str, Any]:
     """`FeatureBatches`, as training draws its first batch."""
     from coldtap.adaptors.batches import FeatureBatches
-    from coldtap.adaptors.kinds import adaptor_kind
+    from coldtap.adaptors.networks.kinds import adaptor_kind
 
     watch = _Watch()
     store = open_store(path)

@@ -372,9 +372,9 @@ def _mist(path: Path, resident: bool, rounds: int) -> Callable[[int], float]:
     import torch
 
     from coldtap.adaptors.batches import FeatureBatches
-    from coldtap.adaptors.contract import copy_final_norm
     from coldtap.adaptors.fitting import Fitter
-    from coldtap.adaptors.kinds import adaptor_kind
+    from coldtap.adaptors.networks.contract import copy_final_norm
+    from coldtap.adaptors.networks.kinds import adaptor_kind
     from coldtap.adaptors.run_folder import RunSettings
 
     store, kind = open_store(path), adaptor_kind("mist")

@@ -21,10 +21,10 @@ import torch
 from benchmarks.machine import own_process, peak_bytes, resident_bytes
 from benchmarks.pictures import Pictures, decode, encoded_images
 from coldtap.adaptors.batches import Batch, FeatureBatches
-from coldtap.adaptors.contract import FeatureSpec, copy_final_norm
 from coldtap.adaptors.epoch_order import epoch_draw
 from coldtap.adaptors.fitting import Fitter, make_optimizer
-from coldtap.adaptors.kinds import adaptor_kind
+from coldtap.adaptors.networks.contract import FeatureSpec, copy_final_norm
+from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.run_folder import RunSettings
 from coldtap.stores import Store, open_store
 

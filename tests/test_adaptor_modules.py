@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from coldtap.adaptors.attention import LowRankAttention, lsa_parameters
-from coldtap.adaptors.contract import FeatureSpec, NormSpec, copy_final_norm
-from coldtap.adaptors.heads import ClassifierHead, FrozenNorm
-from coldtap.adaptors.kinds import ADAPTORS
-from coldtap.adaptors.last import LastOptions, build_last, last_parameters
-from coldtap.adaptors.linear import LinearOptions, build_linear, linear_parameters
-from coldtap.adaptors.mist import MistOptions, build_mist, mist_parameters
+from coldtap.adaptors.networks.attention import LowRankAttention, lsa_parameters
+from coldtap.adaptors.networks.contract import FeatureSpec, NormSpec, copy_final_norm
+from coldtap.adaptors.networks.heads import ClassifierHead, FrozenNorm
+from coldtap.adaptors.networks.kinds import ADAPTORS
+from coldtap.adaptors.networks.last import LastOptions, build_last
+from coldtap.adaptors.networks.linear import LinearOptions, build_linear
+from coldtap.adaptors.networks.mist import MistOptions, build_mist
 from coldtap.stores import FinalNorm
 from coldtap.stores.arrays import Geometry
 from coldtap.stores.errors import OptionError
@@ -234,24 +234,20 @@ def test_the_closed_form_counts_the_trainable_parameters(name, settings):
     options = kind.options(**{"norm": "new", **settings})
     features = spec({"linear": "pooled", "mist": "sum", "last": "layers"}[name])
     module = kind.build(features, options, n_classes=5)
-    fields = dataclasses.asdict(options)
-    wanted = {
-        "linear": ["pool", "norm"],
-        "mist": ["depth", "rank", "entry_norm", "lsa_norm", "bias", "pool", "norm"],
-        "last": ["modules", "rank", "lsa_norm", "bias", "pool", "norm"],
-    }[name]
-    form = {"linear": linear_parameters, "mist": mist_parameters, "last": last_parameters}[name]
-    extra = {"groups": 3} if name == "last" else {}
-    counted = form(channels=8, n_classes=5, **extra, **{key: fields[key] for key in wanted})
+    counted = kind.count(features, options, n_classes=5)
     assert counted == sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_the_pilots_parameter_counts():
     # shared/weights/README.md: width 192, ten classes, a new norm in the head.
-    head = {"channels": 192, "n_classes": 10, "norm": "new"}
-    assert linear_parameters(pool="patch-mean", **head) == 2_314
-    assert mist_parameters(depth=6, rank=8, **head) == 41_866
-    assert last_parameters(groups=9, modules=2, rank=8, **head) == 119_818
+    geometry = Geometry(grid=(8, 8), prefix_tokens=1, channels=192)
+    of = {
+        "linear": (spec("pooled", (9,), geometry), LinearOptions(norm="new")),
+        "mist": (spec("sum", (9,), geometry), MistOptions(norm="new")),
+        "last": (spec("layers", tuple(range(10)), geometry), LastOptions(norm="new", modules=2, rank=8)),
+    }
+    counts = {name: ADAPTORS[name].count(*planned, n_classes=10) for name, planned in of.items()}
+    assert counts == {"linear": 2_314, "mist": 41_866, "last": 119_818}
 
 
 @pytest.mark.parametrize("name", ADAPTORS)

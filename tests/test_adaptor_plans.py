@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from coldtap.adaptors.kinds import ADAPTORS, adaptor_kind
-from coldtap.adaptors.options import parse_options
+from coldtap.adaptors.networks.kinds import ADAPTORS, adaptor_kind
+from coldtap.adaptors.networks.options import parse_options
 from coldtap.stores import open_store
 from coldtap.stores.arrays import Geometry
 from coldtap.stores.errors import MissingFeaturesError, OptionError

@@ -11,9 +11,9 @@ import torch
 
 from coldtap.adaptors import batches as batches_module
 from coldtap.adaptors.batches import FeatureBatches, _rows_by_view
-from coldtap.adaptors.contract import spec_of
 from coldtap.adaptors.epoch_order import epoch_draw
 from coldtap.adaptors.memory import available_memory_bytes, decide_residency
+from coldtap.adaptors.networks.contract import spec_of
 from coldtap.adaptors.read_ahead import PREFETCH
 from coldtap.stores import StoredArray, open_store
 from coldtap.stores.arrays import Geometry

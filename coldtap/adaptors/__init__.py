@@ -1,10 +1,10 @@
 """Small trainable networks that read stored tensors only: LAST, MIST, probes. Imports no timm."""
 
 from coldtap.adaptors.batches import Batch, FeatureBatches
-from coldtap.adaptors.contract import FeatureSpec
-from coldtap.adaptors.kinds import ADAPTORS
 from coldtap.adaptors.loading import load_adaptor
-from coldtap.adaptors.options import option_defaults
+from coldtap.adaptors.networks.contract import FeatureSpec
+from coldtap.adaptors.networks.kinds import ADAPTORS
+from coldtap.adaptors.networks.options import option_defaults
 from coldtap.adaptors.run import Progress, RunResult
 from coldtap.adaptors.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
 from coldtap.adaptors.training import train_adaptor

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from coldtap.adaptors.contract import FeatureSpec
 from coldtap.adaptors.devices import free_gpu_bytes, to_device
 from coldtap.adaptors.epoch_order import Mixing, Shuffle, batch_cuts, block_mixing, block_starts, epoch_draw
 from coldtap.adaptors.memory import available_memory_bytes, decide_residency
+from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.read_ahead import ReadAhead
 from coldtap.adaptors.resident import HeldRows
 from coldtap.adaptors.restore import Restorer, StoredTaps

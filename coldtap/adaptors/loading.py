@@ -6,8 +6,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from coldtap.adaptors.kinds import adaptor_kind
-from coldtap.adaptors.options import parse_options
+from coldtap.adaptors.networks.kinds import adaptor_kind
+from coldtap.adaptors.networks.options import parse_options
 from coldtap.adaptors.run_folder import ADAPTOR, RunInfo, read_run
 from coldtap.stores.canonical import sha256
 from coldtap.stores.errors import OptionError, RunError

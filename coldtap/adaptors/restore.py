@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from coldtap.adaptors.contract import FeatureSpec
 from coldtap.adaptors.devices import to_device
+from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.stores import Store
 from coldtap.stores.array_reader import Exceptions
 

@@ -24,11 +24,11 @@ from coldtap.adaptors.checkpoint import (
     take_checkpoint,
     write_checkpoint,
 )
-from coldtap.adaptors.contract import AdaptorKind, FeatureSpec, copy_final_norm
 from coldtap.adaptors.curves import draw_curves
 from coldtap.adaptors.devices import describe_device, random_states, seeded
 from coldtap.adaptors.fitting import Fitter
 from coldtap.adaptors.memory import peak_memory_bytes
+from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, copy_final_norm
 from coldtap.adaptors.run_folder import EpochRecord, RunInfo, RunSettings, SplitMetrics, require_equal, write_run
 from coldtap.stores import Store
 from coldtap.stores.canonical import sha256

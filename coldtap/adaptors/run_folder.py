@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldtap.adaptors.contract import FeatureSpec
 from coldtap.adaptors.epoch_order import Shuffle
 from coldtap.adaptors.memory import Residency
+from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.stores.canonical import readable_json
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import RunError

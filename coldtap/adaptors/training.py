@@ -11,8 +11,8 @@ from pathlib import Path
 from coldtap.adaptors.checkpoint import remove_checkpoint
 from coldtap.adaptors.devices import choose_device
 from coldtap.adaptors.epoch_order import SHUFFLES
-from coldtap.adaptors.kinds import adaptor_kind
-from coldtap.adaptors.options import parse_options, require_at_least, require_positive, require_probability
+from coldtap.adaptors.networks.kinds import adaptor_kind
+from coldtap.adaptors.networks.options import parse_options, require_at_least, require_positive, require_probability
 from coldtap.adaptors.run import Progress, Run, RunResult
 from coldtap.adaptors.run_folder import RunSettings, read_run, require_equal
 from coldtap.stores import Store, open_store

@@ -87,7 +87,7 @@ def _parse(settings: list[str]) -> dict[str, str]:
 
 def _options_of(adaptor: str) -> str:
     from coldtap.adaptors import option_defaults
-    from coldtap.adaptors.kinds import adaptor_kind
+    from coldtap.adaptors.networks.kinds import adaptor_kind
 
     return "\n".join(f"{name}={value}" for name, value in option_defaults(adaptor_kind(adaptor).options).items())
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-type Pool = Literal["patch-mean", "prefix", "both", "all"]
+type Pool = Literal["patch-mean", "prefix", "both", "all", "tokens"]
 type HeadNorm = Literal["backbone", "new", "none"]
 type NormKind = Literal["layer_norm", "rms_norm"]
 type NormAt = Literal["before", "after"]
@@ -38,7 +38,8 @@ class ClassifierHead(nn.Module):
     """Pools tokens, normalises before or after pooling, and classifies.
 
     Pooling: `patch-mean`, `prefix` (the first prefix token, a class token where the backbone has one), `both` (the two
-    side by side: 2 · channels into the classifier) or `all` (the mean of every token).
+    side by side: 2 · channels into the classifier), `all` (the mean of every token) or `tokens` (none: each patch token
+    is classified, for targets a token).
     """
 
     def __init__(
@@ -66,7 +67,10 @@ class ClassifierHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classifies tokens (batch, token, channel); returns logits (batch, class)."""
+        """Classifies tokens (batch, token, channel); returns logits (batch, class), or (batch, patch, class)."""
+        if self.pool == "tokens":
+            each: torch.Tensor = self.classifier(self.norm(x[:, self.prefix_tokens :]))
+            return each
         if self.norm_at == "before":
             x = self.norm(x)
         patches = x[:, self.prefix_tokens :].mean(dim=1, keepdim=True)

@@ -7,8 +7,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from coldtap.adaptors.attention import lsa_parameters
-from coldtap.adaptors.contract import (
+from coldtap.adaptors.networks.contract import (
     AdaptorKind,
     FeatureSpec,
     arrays_of,
@@ -16,9 +15,9 @@ from coldtap.adaptors.contract import (
     refuse_stage_network,
     spec_of,
 )
-from coldtap.adaptors.heads import ClassifierHead, HeadNorm, Pool, head_parameters
-from coldtap.adaptors.options import require_at_least
-from coldtap.adaptors.parts import LsaOptions, build_head, lsa_stack, settle_head
+from coldtap.adaptors.networks.heads import ClassifierHead
+from coldtap.adaptors.networks.options import require_at_least
+from coldtap.adaptors.networks.parts import LsaOptions, build_head, count_head, count_stack, lsa_stack, settle_head
 from coldtap.stores import Store
 from coldtap.stores.errors import MissingFeaturesError, OptionError
 
@@ -77,21 +76,11 @@ class Last(nn.Module):
         return u
 
 
-def last_parameters(
-    *,
-    groups: int,
-    modules: int,
-    channels: int,
-    n_classes: int,
-    rank: int,
-    lsa_norm: bool = True,
-    bias: bool = False,
-    pool: Pool = "patch-mean",
-    norm: HeadNorm = "backbone",
-) -> int:
-    """Returns the trainable parameters: groups · T LSA modules, and the head."""
-    lsa = lsa_parameters(channels=channels, rank=rank, norm=lsa_norm, bias=bias)
-    return groups * modules * lsa + head_parameters(channels=channels, n_classes=n_classes, pool=pool, norm=norm)
+def count_last(spec: FeatureSpec, options: LastOptions, *, n_classes: int) -> int:
+    """Returns the trainable parameters: m · T · (4dr + 2d), and the head."""
+    depth = (len(spec.taps) - 1) * options.modules
+    head = count_head(spec, options, n_classes=n_classes)
+    return count_stack(options, channels=spec.geometry.channels, depth=depth) + head
 
 
 def plan_last(store: Store, options: LastOptions) -> tuple[FeatureSpec, LastOptions]:
@@ -130,4 +119,12 @@ def build_last(spec: FeatureSpec, options: LastOptions, *, n_classes: int) -> La
     return Last(groups=groups, head=head, recursion=options.recursion, bias_correction=options.bias_correction)
 
 
-LAST = AdaptorKind(name="last", options=LastOptions, plan=plan_last, build=build_last, lr=1e-3)
+LAST = AdaptorKind(
+    name="last",
+    paper="arXiv 2402.04009",
+    options=LastOptions,
+    plan=plan_last,
+    build=build_last,
+    count=count_last,
+    lr=1e-3,
+)

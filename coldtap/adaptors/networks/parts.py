@@ -6,10 +6,10 @@ from typing import Literal
 
 from torch import nn
 
-from coldtap.adaptors.attention import Init, LowRankAttention
-from coldtap.adaptors.contract import FeatureSpec
-from coldtap.adaptors.heads import ClassifierHead, HeadNorm, NormAt, Pool
-from coldtap.adaptors.options import require_at_least, require_positive, require_probability
+from coldtap.adaptors.networks.attention import Init, LowRankAttention, lsa_parameters
+from coldtap.adaptors.networks.contract import FeatureSpec
+from coldtap.adaptors.networks.heads import ClassifierHead, HeadNorm, NormAt, Pool, head_parameters
+from coldtap.adaptors.networks.options import require_at_least, require_positive, require_probability
 from coldtap.stores.errors import OptionError
 
 type NormChoice = Literal["auto", "backbone", "new", "none"]
@@ -22,6 +22,11 @@ class HeadOptions:
     pool: Pool = "patch-mean"
     norm: NormChoice = "auto"
     norm_at: NormAt = "after"
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a step draws random numbers."""
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,11 @@ class LsaOptions(HeadOptions):
         require_positive(scale=self.scale)
         if self.rank % self.heads:
             raise OptionError(f"rank={self.rank} must be divisible by heads={self.heads}")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether a step draws random numbers."""
+        return self.dropout > 0 or self.drop_path > 0
 
 
 def settle_head[OptionsT: HeadOptions](options: OptionsT, spec: FeatureSpec, *, prefer_backbone: bool) -> OptionsT:
@@ -85,6 +95,13 @@ def build_head(spec: FeatureSpec, options: HeadOptions, *, n_classes: int) -> Cl
     )
 
 
+def count_head(spec: FeatureSpec, options: HeadOptions, *, n_classes: int) -> int:
+    """Returns the trainable parameters of the head that `build_head` makes."""
+    return head_parameters(
+        channels=spec.geometry.channels, n_classes=n_classes, pool=options.pool, norm=settled_norm(options)
+    )
+
+
 def settled_norm(options: HeadOptions) -> HeadNorm:
     """Returns the head's norm from options that `settle_head` has settled."""
     assert options.norm != "auto", "the options were not planned"
@@ -109,3 +126,9 @@ def lsa_stack(options: LsaOptions, *, channels: int, depth: int) -> nn.Sequentia
             for _ in range(depth)
         )
     )
+
+
+def count_stack(options: LsaOptions, *, channels: int, depth: int) -> int:
+    """Returns the parameters of the stack that `lsa_stack` builds."""
+    one = lsa_parameters(channels=channels, rank=options.rank, norm=options.lsa_norm, bias=options.bias)
+    return depth * one

@@ -2,22 +2,25 @@
 
 An adaptor is one file with a dataclass of options, a `plan` (which array and taps it reads, and its options with
 every automatic choice made), a `build` (an `nn.Module` from shapes alone, so that a run folder can be loaded
-without its store), and an `AdaptorKind` that names them. Its module maps features to logits:
+without its store), a closed form of its trainable parameters, and an `AdaptorKind` that names them. Its module maps
+features to logits (batch, class), or with `pool=tokens` to (batch, patch, class):
 
     layers  (batch, tap, token, channel)       the taps of `FeatureSpec.taps`, in that order
     sum     (batch, token, channel)
     pooled  (batch, tap, prefix + 1, channel)  the last position is the mean of the patch tokens
+
+`networks/testing.py` has the tests that every adaptor must pass.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
-from coldtap.adaptors.heads import FrozenNorm, NormKind
+from coldtap.adaptors.networks.heads import FrozenNorm, NormKind
 from coldtap.stores import FinalNorm, Store, StoredArray
 from coldtap.stores.arrays import GATHERS, Gather, Geometry
 from coldtap.stores.errors import MissingFeaturesError
@@ -76,14 +79,42 @@ class Build[OptionsT](Protocol):
         """Returns a module that maps features of `spec` to logits (batch, class)."""
 
 
+class Count[OptionsT](Protocol):
+    """The closed form of an adaptor's trainable parameters."""
+
+    def __call__(self, spec: FeatureSpec, options: OptionsT, *, n_classes: int) -> int:
+        """Returns the trainable parameters of the module that `build` makes of the same arguments."""
+
+
+@runtime_checkable
+class Penalised(Protocol):
+    """A module that adds a term of its own to the loss."""
+
+    def penalty(self) -> torch.Tensor:
+        """Returns what a step adds to the mean loss (nats)."""
+
+
+@runtime_checkable
+class EpochAware(Protocol):
+    """A module that changes as training goes on; what it changes must be in its state dict."""
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Is called before the first step of an epoch, from 1 to `epochs`; not again when an epoch is gone on with."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptorKind[OptionsT]:
-    """One adaptor: its options, what it reads, how it is built, and its default peak learning rate."""
+    """One adaptor: its options, what it reads, how it is built, and its default peak learning rate.
+
+    `paper` names the source of the method.
+    """
 
     name: str
+    paper: str
     options: type[OptionsT]
     plan: Callable[[Store, OptionsT], tuple[FeatureSpec, OptionsT]]
     build: Build[OptionsT]
+    count: Count[OptionsT]
     lr: float
 
 

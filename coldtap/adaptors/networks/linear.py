@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from coldtap.adaptors.contract import AdaptorKind, FeatureSpec, arrays_of, describe_gathers, spec_of
-from coldtap.adaptors.heads import ClassifierHead, HeadNorm, Pool, head_parameters
-from coldtap.adaptors.parts import HeadOptions, build_head, settle_head
+from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, arrays_of, describe_gathers, spec_of
+from coldtap.adaptors.networks.heads import ClassifierHead
+from coldtap.adaptors.networks.parts import HeadOptions, build_head, count_head, settle_head
 from coldtap.stores import Store, StoredArray
 from coldtap.stores.arrays import Gather
 from coldtap.stores.errors import MissingFeaturesError
@@ -46,9 +46,9 @@ class LinearProbe(nn.Module):
         return logits
 
 
-def linear_parameters(*, channels: int, n_classes: int, pool: Pool, norm: HeadNorm) -> int:
+def count_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -> int:
     """Returns the trainable parameters: (d + 1) · classes, d doubled by pool=both, and 2d for a new norm."""
-    return head_parameters(channels=channels, n_classes=n_classes, pool=pool, norm=norm)
+    return count_head(spec, options, n_classes=n_classes)
 
 
 def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, LinearOptions]:
@@ -59,7 +59,7 @@ def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, Line
         OptionError: The head's options do not fit the features.
     """
     # The mean of normalised tokens cannot be had from a stored mean.
-    every_token = options.norm_at == "before" and options.norm != "none"
+    every_token = options.pool == "tokens" or (options.norm_at == "before" and options.norm != "none")
     gathers: tuple[Gather, ...] = ("layers",) if every_token else ("pooled", "layers")
     array, tap = _find_tap(store, options.tap, gathers)
     spec = spec_of(store, array, (tap,))
@@ -87,4 +87,12 @@ def build_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -
     return LinearProbe(head=build_head(spec, options, n_classes=n_classes), pooled=spec.gather == "pooled")
 
 
-LINEAR = AdaptorKind(name="linear", options=LinearOptions, plan=plan_linear, build=build_linear, lr=2e-2)
+LINEAR = AdaptorKind(
+    name="linear",
+    paper="the linear baseline of arXiv 2402.04009 and 2406.17559",
+    options=LinearOptions,
+    plan=plan_linear,
+    build=build_linear,
+    count=count_linear,
+    lr=2e-2,
+)

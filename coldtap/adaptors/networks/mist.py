@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from coldtap.adaptors.attention import lsa_parameters
-from coldtap.adaptors.contract import (
+from coldtap.adaptors.networks.contract import (
     AdaptorKind,
     FeatureSpec,
     arrays_of,
@@ -15,9 +14,9 @@ from coldtap.adaptors.contract import (
     refuse_stage_network,
     spec_of,
 )
-from coldtap.adaptors.heads import ClassifierHead, HeadNorm, Pool, head_parameters
-from coldtap.adaptors.options import require_at_least
-from coldtap.adaptors.parts import LsaOptions, build_head, lsa_stack, settle_head
+from coldtap.adaptors.networks.heads import ClassifierHead
+from coldtap.adaptors.networks.options import require_at_least
+from coldtap.adaptors.networks.parts import LsaOptions, build_head, count_head, count_stack, lsa_stack, settle_head
 from coldtap.stores import Store
 from coldtap.stores.errors import MissingFeaturesError
 
@@ -55,22 +54,15 @@ class Mist(nn.Module):
         return logits
 
 
-def mist_parameters(
-    *,
-    channels: int,
-    n_classes: int,
-    depth: int,
-    rank: int,
-    entry_norm: bool = True,
-    lsa_norm: bool = True,
-    bias: bool = False,
-    pool: Pool = "patch-mean",
-    norm: HeadNorm = "new",
-) -> int:
-    """Returns the trainable parameters: depth LSA modules, 2d for the entry's norm, and the head."""
-    modules = depth * lsa_parameters(channels=channels, rank=rank, norm=lsa_norm, bias=bias)
-    head = head_parameters(channels=channels, n_classes=n_classes, pool=pool, norm=norm)
-    return modules + 2 * channels * entry_norm + head
+def count_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> int:
+    """Returns the trainable parameters: depth · (4dr + 2d), 2d for the entry's norm, and the head."""
+    channels = spec.geometry.channels
+    entry = 2 * channels * options.entry_norm
+    return (
+        count_stack(options, channels=channels, depth=options.depth)
+        + entry
+        + count_head(spec, options, n_classes=n_classes)
+    )
 
 
 def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOptions]:
@@ -107,4 +99,12 @@ def build_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> Mi
     return Mist(stack=stack, head=head, channels=channels, entry_norm=options.entry_norm)
 
 
-MIST = AdaptorKind(name="mist", options=MistOptions, plan=plan_mist, build=build_mist, lr=2e-3)
+MIST = AdaptorKind(
+    name="mist",
+    paper="arXiv 2406.17559",
+    options=MistOptions,
+    plan=plan_mist,
+    build=build_mist,
+    count=count_mist,
+    lr=2e-3,
+)

@@ -1,0 +1,1 @@
+"""The adaptors themselves, one a file, on one contract (`contract.py`), and the pieces that they share."""

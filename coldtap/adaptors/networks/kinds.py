@@ -1,0 +1,38 @@
+"""The adaptors that coldtap knows, by name, and any other by `module:NAME`."""
+
+import importlib
+from typing import Any
+
+from coldtap.adaptors.networks.contract import AdaptorKind
+from coldtap.adaptors.networks.last import LAST
+from coldtap.adaptors.networks.linear import LINEAR
+from coldtap.adaptors.networks.mist import MIST
+from coldtap.stores.errors import OptionError
+
+ADAPTORS: dict[str, AdaptorKind[Any]] = {kind.name: kind for kind in (LINEAR, MIST, LAST)}
+
+
+def adaptor_kind(name: str) -> AdaptorKind[Any]:
+    """Returns the adaptor of a name: one of coldtap's own, or `module:NAME`, an `AdaptorKind` in an importable module.
+
+    Raises:
+        OptionError: There is no such adaptor.
+    """
+    if ":" in name:
+        return _imported(name)
+    if name not in ADAPTORS:
+        raise OptionError(f"unknown adaptor {name!r}; known are {', '.join(ADAPTORS)}, and others as module:NAME")
+    return ADAPTORS[name]
+
+
+def _imported(name: str) -> AdaptorKind[Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise OptionError(
+            f"adaptor {name!r} cannot be imported ({error}): give module:NAME, on Python's path"
+        ) from error
+    if not isinstance(kind, AdaptorKind):
+        raise OptionError(f"adaptor {name!r} is a {type(kind).__name__}, not an AdaptorKind")
+    return kind
