@@ -1,4 +1,4 @@
-"""`python -m benchmarks [extraction] [training] [memory] [reading] [opening] [--quick] [--json FILE]`."""
+"""`python -m benchmarks [extraction] [comparison] [memory] [reading] [opening] [--quick] [--json FILE]`."""
 
 import argparse
 import json
@@ -46,25 +46,6 @@ def extraction_table(records: Records) -> Table:
             f"{record['goal']:.2f}",
             f"{record['written_mb_per_s']:.0f}",
             f"{record['plain_write_mb_per_s']:.0f}",
-        )
-    return table
-
-
-def training_table(records: Records) -> Table:
-    table = _table(
-        "Training an adaptor on the reference backbone",
-        ("adaptor", "features from", "seconds\nan epoch", "memory above\nthe imports, MB", "peak, MB"),
-        ("times as fast as with\nthe backbone", "share of\nits memory"),
-    )
-    for record in records:
-        table.add_row(
-            record["adaptor"],
-            record["way"],
-            f"{record['epoch_s']:.3f}",
-            f"{record['memory_bytes'] / 1e6:.0f}",
-            f"{record['peak_bytes'] / 1e6:.0f}",
-            f"{record['time_ratio']:.2f}",
-            f"{1 / record['memory_ratio']:.2f}",
         )
     return table
 
@@ -201,15 +182,15 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records], Table | Group]]]:
     # Imported late: what is measured runs in processes of its own, which import this module again.
+    from benchmarks.comparison import comparison_table, measure_comparison
     from benchmarks.extraction import measure_extraction
     from benchmarks.memory import measure_memory
     from benchmarks.opening import measure_opening
     from benchmarks.reading import measure_reading
-    from benchmarks.training import measure_training
 
     return {
         "extraction": (measure_extraction, extraction_table),
-        "training": (measure_training, training_table),
+        "comparison": (measure_comparison, comparison_table),
         "memory": (measure_memory, memory_table),
         "reading": (measure_reading, reading_tables),
         "opening": (measure_opening, opening_tables),
@@ -221,13 +202,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help="extraction, training, memory (50,000 images), reading, opening; default: the first two",
+        help="extraction, comparison (with LoRA), memory (50,000 images), reading, opening; default: extraction",
     )
     parser.add_argument("--quick", action="store_true", help="only see that they run: the numbers mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records too")
     asked = parser.parse_args(arguments)
     known = _benchmarks()
-    names = asked.names or ["extraction", "training"]
+    names = asked.names or ["extraction"]
     if unknown := [name for name in names if name not in known]:
         parser.error(f"unknown benchmark {unknown[0]!r}; known are {', '.join(known)}")
     machine, console, results = describe_machine(), Console(width=WIDTH, highlight=False), {}

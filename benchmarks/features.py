@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec, Geometry
-from coldtap.stores.index import targets_bytes
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import RowPlan
+from coldtap.stores.targets import targets_bytes
 from coldtap.stores.tiers import Numbers, scales_rule
 from coldtap.stores.writer import StoreWriter
 

@@ -15,13 +15,17 @@ import json
 import math
 import os
 import statistics
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Trial, run_all
+from coldtap.cli.processes import in_processes
+from coldtap.cli.signals import sigterm_interrupts
 
+SETTINGS: dict[str, dict[str, str]] = {"linear": {"pool": "both"}, "mist": {}, "last": {}}
 RATES = {"linear": 4e-3, "mist": 4e-3, "last": 1e-3}
 EPOCHS = {"linear": 30, "mist": 10, "last": 8}
 SEEDS = (0, 1, 2, 3, 4)
@@ -31,6 +35,19 @@ CURVE_SNR_DB = (4, 8, 12, 16, 20, 25, 30, 35, 40)
 CURVE_ADAPTORS = ("linear", "mist")
 # Two-sided 95 % points of Student's t by degrees of freedom.
 T_95 = {4: 2.776, 9: 2.262, 14: 2.145, 19: 2.093, 24: 2.064}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training: where it reads and writes, and its setting."""
+
+    dataset: str
+    adaptor: str
+    lr: float
+    seed: int
+    epochs: int
+    store: str
+    out: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +74,31 @@ def cache(data: Path, work: Path, dataset: str, kept: Kept, **options: Any) -> P
     report = cache_features(data / f"{dataset}.parquet", store, tier=kept.tier, snr=kept.snr, **options)
     print(f"{store.name}: {report.n_rows} rows, {report.status}", flush=True)
     return store
+
+
+def run_trial(trial: Trial) -> Trial:
+    """Trains; a run that an earlier call has finished with the same settings is only read."""
+    from coldtap import train_adaptor
+
+    with sigterm_interrupts():
+        train_adaptor(
+            trial.store,
+            trial.adaptor,
+            out=trial.out,
+            lr=trial.lr,
+            seed=trial.seed,
+            epochs=trial.epochs,
+            settings=SETTINGS[trial.adaptor],
+        )
+    return trial
+
+
+def run_all(todo: Sequence[Trial], jobs: int) -> None:
+    began = time.monotonic()
+    with closing(in_processes(run_trial, todo, jobs=jobs)) as done:
+        for number, trial in enumerate(done, start=1):
+            minutes = (time.monotonic() - began) / 60
+            print(f"[{number}/{len(todo)}, {minutes:.1f} min] {Path(trial.store).name} {trial.adaptor} {trial.seed}")
 
 
 def trial(work: Path, dataset: str, kept: Kept, adaptor: str, seed: int) -> Trial:
@@ -88,7 +130,7 @@ def finished(todo: Sequence[Trial]) -> dict[Trial, dict[str, float]]:
     from coldtap.adaptors import read_run
 
     runs = {trial: read_run(Path(trial.out)) for trial in todo}
-    return {trial: {"test": 100 * run.metrics["test"].top1} for trial, run in runs.items() if run is not None}
+    return {trial: {"test": 100 * run.metrics["test"].score} for trial, run in runs.items() if run is not None}
 
 
 def whole_seeds(results: dict[Trial, dict[str, float]], work: Path, names: Sequence[str], adaptor: str) -> list[int]:

@@ -380,7 +380,7 @@ def _mist(path: Path, resident: bool, rounds: int) -> Callable[[int], float]:
     store, kind = open_store(path), adaptor_kind("mist")
     spec, options = kind.plan(store, kind.options())
     batches = FeatureBatches(store, spec, "train", batch_size=MIST_BATCH, resident=resident)
-    model = kind.build(spec, options, n_classes=store.n_classes)
+    model = kind.build(spec, options, n_classes=store.n_classes())
     copy_final_norm(model, store.norm)
     settings = RunSettings(
         adaptor="mist",

@@ -1,248 +1,225 @@
-"""The table of results: every downstream set × linear, MIST and LAST, from one resumable command.
+"""The table of results: every downstream set × seven adaptors and LoRA, from one resumable command.
 
-    python -m benchmarks.results ../shared/data/downstream            # the table of docs/results.md
-    python -m benchmarks.results DATA --sets grocery --epochs 10      # a part of it
+    python -m benchmarks.results ../shared/data/downstream              # the table of docs/results.md
+    python -m benchmarks.results DATA --sets grocery --epochs 4 --no-lora   # a part of it
 
-Each set is cached once by the reference backbone; each adaptor is then trained from the store at every learning
-rate with every seed. The learning rate with the best mean val accuracy over the seeds is chosen, and its test
-accuracy reported. Killed and started again, it goes on where it was; finished runs are read, not repeated.
+The adaptors go the way of `coldtap benchmark`, LoRA that of `benchmarks.lora`: the same images, protocol, learning
+rates, seeds, epochs, batches and schedule. Killed and started again, it goes on where it was.
 """
 
 import argparse
 import json
 import os
 import statistics
-import sys
-import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-ADAPTORS = ("linear", "mist", "last")
-# Settings other than an adaptor's defaults, chosen on the val splits of grocery, omniglot-alphabets and sign-digits.
-SETTINGS: dict[str, dict[str, str]] = {"linear": {"pool": "both"}, "mist": {}, "last": {}}
+from coldtap.adaptors.planned import TrainingOptions
+from coldtap.adaptors.results import Cell, ResultTable, Row, table_text
+from coldtap.cli.benchmark_cell import Rules
+from coldtap.cli.benchmark_run import Benchmark, run_benchmark
+from coldtap.cli.contenders import make_contenders
+from coldtap.cli.main import guarded
+from coldtap.cli.processes import in_processes
+from coldtap.cli.signals import sigterm_interrupts
+from coldtap.pipeline.sources.collection import find_datasets
+from coldtap.stores.durable import write_file
+
+MODEL = "coldtap/vit-reference"
+# Options other than an adaptor's defaults, chosen on the val splits of grocery, omniglot-alphabets and sign-digits.
+SETTINGS: dict[str, dict[str, str]] = {
+    "linear": {"pool": "both"},
+    "attentive": {},
+    "head2toe": {},
+    "mist": {},
+    "ladder": {},
+    "combo": {},
+    "last": {},
+}
+PROTOCOL = "vtab"
 LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
-SEEDS = (0, 1, 2)
-EPOCHS = 15
+N_SEEDS = 3
+EPOCHS = 8
+LORA = "lora"
+# Okabe and Ito's colours, which the colour-blind tell apart, in the order of the columns.
+COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One training: where it reads and writes, and its setting."""
+class LoraTask:
+    """LoRA on one set."""
 
-    dataset: str
-    adaptor: str
-    lr: float
-    seed: int
+    dataset: Path
+    out: Path
     epochs: int
-    store: str
-    out: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One set × adaptor: accuracies in percent at the learning rate chosen on val."""
+def lora_cell(task: LoraTask) -> Cell:
+    """LoRA's cell of a set; fits that are done are only read."""
+    from benchmarks.lora import Clock, lora_protocol
 
-    dataset: str
-    adaptor: str
-    lr: float
-    val: tuple[float, ...]
-    test: tuple[float, ...]
-    parameters: int
-    bytes_per_sample: int
-    seconds: float
-
-
-def cache_sets(data: Path, work: Path, names: list[str]) -> None:
-    from coldtap import cache_features
-
-    for name in names:
-        report = cache_features(data / f"{name}.parquet", work / "stores" / name)
-        print(f"{name}: {report.n_rows} rows, {report.status}", flush=True)
-
-
-def trials(work: Path, names: list[str], adaptors: list[str], epochs: int) -> Iterator[Trial]:
-    """The longest first, so that no process idles at the end."""
-    for adaptor in sorted(adaptors, key=ADAPTORS.index, reverse=True):
-        for dataset in names:
-            for lr in LEARNING_RATES:
-                for seed in SEEDS:
-                    out = work / "runs" / dataset / f"{adaptor}-e{epochs}" / f"lr{lr:g}-s{seed}"
-                    store = work / "stores" / dataset
-                    yield Trial(
-                        dataset=dataset,
-                        adaptor=adaptor,
-                        lr=lr,
-                        seed=seed,
-                        epochs=epochs,
-                        store=str(store),
-                        out=str(out),
-                    )
-
-
-def run_trial(trial: Trial) -> tuple[Trial, dict[str, float]]:
-    """Train; a run that an earlier call has finished with the same settings is only read."""
-    import torch
-
-    from coldtap import train_adaptor
-
-    torch.set_num_threads(1)  # two processes of one thread finish more trials than one of two
-    info = train_adaptor(
-        trial.store,
-        trial.adaptor,
-        out=trial.out,
-        lr=trial.lr,
-        seed=trial.seed,
-        epochs=trial.epochs,
-        settings=SETTINGS[trial.adaptor],
-    ).info
-    itemsize = 2  # the stores of the table are float16
-    n_values = 1
-    for n in info.features.row_shape:
-        n_values *= n
-    return trial, {
-        "val": 100 * info.metrics["val"].top1,
-        "test": 100 * info.metrics["test"].top1,
-        "parameters": info.parameters,
-        "bytes_per_sample": n_values * itemsize,
-        "seconds": info.epoch_seconds * trial.epochs,
-    }
-
-
-def run_all(todo: list[Trial], jobs: int) -> dict[Trial, dict[str, float]]:
-    results: dict[Trial, dict[str, float]] = {}
-    began = time.monotonic()
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run_trial, trial) for trial in todo]
-        for future in as_completed(futures):
-            trial, result = future.result()
-            results[trial] = result
-            minutes = (time.monotonic() - began) / 60
-            print(
-                f"[{len(results)}/{len(todo)}, {minutes:.1f} min] {trial.dataset} {trial.adaptor} lr {trial.lr:g} "
-                f"seed {trial.seed}: val {result['val']:.1f}, {result['seconds']:.0f} s",
-                flush=True,
-            )
-    return results
-
-
-def choose(results: dict[Trial, dict[str, float]]) -> list[Cell]:
-    """A cell for each set × adaptor; val alone decides the learning rate, the smaller one among equals."""
-    cells = []
-    for dataset, adaptor in sorted({(t.dataset, t.adaptor) for t in results}):
-        by_lr: dict[float, list[dict[str, float]]] = {}
-        for trial, result in sorted(results.items(), key=lambda item: item[0].seed):
-            if (trial.dataset, trial.adaptor) == (dataset, adaptor):
-                by_lr.setdefault(trial.lr, []).append(result)
-        best = max(sorted(by_lr), key=lambda lr: statistics.mean(r["val"] for r in by_lr[lr]))
-        runs = by_lr[best]
-        cells.append(
-            Cell(
-                dataset=dataset,
-                adaptor=adaptor,
-                lr=best,
-                val=tuple(r["val"] for r in runs),
-                test=tuple(r["test"] for r in runs),
-                parameters=int(runs[0]["parameters"]),
-                bytes_per_sample=int(runs[0]["bytes_per_sample"]),
-                seconds=statistics.mean(r["seconds"] for r in runs),
-            )
+    seeds = range(N_SEEDS)
+    with sigterm_interrupts():
+        found = lora_protocol(
+            task.dataset,
+            rates=LEARNING_RATES,
+            seeds=seeds,
+            epochs=task.epochs,
+            out=task.out,
+            clock=Clock(total=len(LEARNING_RATES) + N_SEEDS),
         )
-    return cells
+    return Cell(
+        dataset=task.dataset.stem,
+        adaptor=LORA,
+        metric="top1",
+        test=tuple(found["test"]),
+        val=(found["val"][f"{found['lr']:g}"],),
+        setting={"lr": found["lr"]},
+        parameters=found["parameters"],
+        seconds=_seconds(task, found["lr"]),
+    )
 
 
-def spread(values: tuple[float, ...]) -> str:
-    """Mean ± standard deviation (n − 1)."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}"
+def _seconds(task: LoraTask, chosen: float) -> float:
+    """Of all fits: every rate with the first seed, and the chosen one with every seed."""
+    fits = [json.loads(path.read_bytes()) for path in sorted(task.out.glob("*.json"))]
+    return sum(
+        fit["seconds"]
+        for fit in fits
+        if fit["settings"]["epochs"] == task.epochs
+        and (fit["settings"]["lr"] == chosen or fit["settings"]["fit"] == "train")
+    )
 
 
-def mean_over_sets(cells: list[Cell], adaptor: str) -> tuple[float, ...]:
-    """Mean over the sets, a seed each."""
-    rows = [cell.test for cell in cells if cell.adaptor == adaptor]
-    return tuple(statistics.mean(seed) for seed in zip(*rows, strict=True))
+def with_lora(table: ResultTable, tasks: Sequence[LoraTask], jobs: int) -> ResultTable:
+    """The table with LoRA as its last column."""
+    cells = []
+    with closing(in_processes(lora_cell, tasks, jobs=jobs)) as done:
+        for cell in done:
+            cells.append(cell)
+            print(f"[{len(cells)}/{len(tasks)}] {cell.dataset} {LORA}", flush=True)
+    return replace(
+        table,
+        title=f"{len(table.adaptors)} adaptors and LoRA on {len(table.datasets)} datasets",
+        adaptors=(*table.adaptors, LORA),
+        cells=(*table.cells, *cells),
+    )
 
 
-def table(cells: list[Cell]) -> str:
-    adaptors = [a for a in ADAPTORS if any(c.adaptor == a for c in cells)]
-    by = {(c.dataset, c.adaptor): c for c in cells}
-    lines = [f"| set | {' | '.join(adaptors)} |", "| --- |" + " --: |" * len(adaptors)]
-    for dataset in sorted({c.dataset for c in cells}):
-        lines.append(f"| {dataset} | " + " | ".join(spread(by[dataset, a].test) for a in adaptors) + " |")
-    lines.append("| **mean** | " + " | ".join(f"**{spread(mean_over_sets(cells, a))}**" for a in adaptors) + " |")
-    of = {a: next(c for c in cells if c.adaptor == a) for a in adaptors}
-    lines.append("| bytes used a sample | " + " | ".join(f"{of[a].bytes_per_sample:,}" for a in adaptors) + " |")
-    spans = {a: [c.parameters for c in cells if c.adaptor == a] for a in adaptors}
-    lines.append("| parameters | " + " | ".join(f"{min(spans[a]):,} – {max(spans[a]):,}" for a in adaptors) + " |")
-    seconds = {a: statistics.mean(c.seconds for c in cells if c.adaptor == a) for a in adaptors}
-    lines.append("| seconds a run | " + " | ".join(f"{seconds[a]:.0f}" for a in adaptors) + " |")
-    return "\n".join(lines)
+def markdown(table: ResultTable) -> str:
+    """The table, its costs, and what was chosen, for docs/results.md."""
+    lines = [_line(["set", *table.adaptors]), _line(["---", *["--:"] * len(table.adaptors)])]
+    lines += [_line([row.name, *_scores(row, table)]) for row in table.rows()]
+    lines += [_line([f"**{row.name}**", *(f"**{score}**" for score in _scores(row, table))]) for row in table.means()]
+    by_adaptor = {name: [c for c in table.in_order() if c.adaptor == name and not c.failure] for name in table.adaptors}
+    spans = [sorted(cell.parameters for cell in cells) for cells in by_adaptor.values()]
+    lines.append(_line(["parameters", *(f"{span[0]:,} – {span[-1]:,}" if span else "–" for span in spans)]))
+    sizes = [max((cell.bytes_per_sample for cell in cells), default=0) for cells in by_adaptor.values()]
+    lines.append(_line(["bytes a sample", *(f"{size:,.0f}" if size else "–" for size in sizes)]))
+    means = [statistics.mean(cell.seconds for cell in cells) if cells else 0 for cells in by_adaptor.values()]
+    lines.append(_line(["seconds a set, all trainings", *(f"{mean:.0f}" for mean in means)]))
+    chosen = "; ".join(f"{cell.dataset} {cell.adaptor} {cell.chosen}" for cell in table.in_order() if not cell.failure)
+    failures = [f"- {reason}" for reason in table.failures()]
+    return "\n".join([*lines, "", f"Chosen on val: {chosen}.", *failures]) + "\n"
 
 
-def rates(cells: list[Cell]) -> str:
-    chosen = [f"{c.dataset} {c.adaptor} {c.lr:g} (val {spread(c.val)})" for c in cells]
-    return "Chosen on val: " + "; ".join(chosen) + "."
+def _line(parts: Sequence[str]) -> str:
+    return f"| {' | '.join(parts)} |"
 
 
-def draw(cells: list[Cell], path: Path) -> None:
-    """Points with their spread, a colour an adaptor."""
+def _scores(row: Row, table: ResultTable) -> list[str]:
+    return [str(row.scores[name] or "–") for name in table.adaptors]
+
+
+def draw(table: ResultTable, path: Path) -> None:
+    """Bars with their deviations, a colour an adaptor; the mean over sets stands apart."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    datasets = [*sorted({c.dataset for c in cells}), "mean"]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for shift, (adaptor, colour) in enumerate(zip(ADAPTORS, ("#888888", "#2a7fb8", "#d1495b"), strict=True)):
-        values = [c.test for name in datasets for c in cells if (c.dataset, c.adaptor) == (name, adaptor)]
-        if not values:
-            continue
-        values.append(mean_over_sets(cells, adaptor))
-        places = [i + (shift - 1) * 0.22 for i in range(len(values))]
-        bars = axes.bar(places, [statistics.mean(v) for v in values], 0.2, color=colour, label=adaptor)
-        axes.bar_label(bars, fmt="%.0f", fontsize=7, padding=7)
-        deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-        axes.errorbar(places, [statistics.mean(v) for v in values], deviations, fmt="none", ecolor="black", capsize=2)
-    axes.set_xticks(range(len(datasets)), [name.replace("-", "-\n") for name in datasets])
-    axes.set_ylabel("test accuracy (%)")
-    axes.set_ylim(0, 115)
-    axes.set_title("Adaptors trained from stored features of coldtap/vit-reference")
-    axes.legend(ncols=3, loc="upper center", frameon=False)
+    rows = [*table.rows(), *table.means()]
+    starts = [number + 0.25 * (number >= len(table.datasets)) for number in range(len(rows))]
+    width = 0.86 / len(table.adaptors)
+    figure, axes = plt.subplots(figsize=(12, 4.6), layout="constrained")
+    for number, (adaptor, colour) in enumerate(zip(table.adaptors, COLOURS, strict=False)):
+        scored = [(start, row.scores[adaptor]) for start, row in zip(starts, rows, strict=True)]
+        bars = [(start + (number - (len(table.adaptors) - 1) / 2) * width, score) for start, score in scored if score]
+        places, means = [place for place, _ in bars], [100 * score.mean for _, score in bars]
+        deviations = [100 * score.deviation for _, score in bars]
+        axes.bar(places, means, 0.92 * width, color=colour, edgecolor="#333333", linewidth=0.4, label=adaptor)
+        axes.errorbar(places, means, deviations, fmt="none", ecolor="#777777", elinewidth=1, capsize=1.5)
+        for place, mean, deviation in zip(places, means, deviations, strict=True):
+            axes.text(place, mean + deviation + 1, f"{mean:.1f}", fontsize=7, rotation=90, ha="center", va="bottom")
+    axes.axvline((starts[len(table.datasets) - 1] + starts[len(table.datasets)]) / 2, color="#bbbbbb", linewidth=1)
+    axes.set_xticks(starts, [row.name.replace("-", "-\n") for row in rows])
+    axes.set_xlim(starts[0] - 0.6, starts[-1] + 0.6)
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_ylabel("test accuracy (%), mean and deviation of seeds")
+    axes.legend(ncols=len(table.adaptors), loc="upper center", bbox_to_anchor=(0.5, 1.1), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
+    plt.close(figure)
+
+
+def write_results(table: ResultTable, budget: Mapping[str, object], work: Path) -> None:
+    cells = [asdict(cell) for cell in table.in_order()]
+    write_file(work / "results.json", [json.dumps({"budget": budget, "cells": cells}, indent=1).encode()])
+    write_file(work / "table.md", [markdown(table).encode()])
+    draw(table, work / "results.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?", default=Path("../shared/data/downstream"))
     parser.add_argument("--work", type=Path, default=Path("results-out"))
-    parser.add_argument("--sets", default="", help="names with commas; all Parquet files by default")
-    parser.add_argument("--adaptors", default=",".join(ADAPTORS))
+    parser.add_argument("--sets", default="", help="names with commas; all by default")
+    parser.add_argument("--adaptors", default=",".join(SETTINGS))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
-    arguments = parser.parse_args()
-    there = sorted(path.stem for path in arguments.data.glob("*.parquet"))
-    names = arguments.sets.split(",") if arguments.sets else there
-    if not there or set(names) - set(there):
-        sys.exit(
-            f"{arguments.data} holds {there or 'no Parquet files'}; {sorted(set(names) - set(there))} was asked for"
-        )
-    adaptors = arguments.adaptors.split(",")
-    print(
-        f"budget: {len(names)} sets × {len(adaptors)} adaptors × {len(LEARNING_RATES)} learning rates "
-        f"{LEARNING_RATES} × {len(SEEDS)} seeds × {arguments.epochs} epochs, in {arguments.jobs} processes",
-        flush=True,
+    parser.add_argument("--lora", type=Path, help="folder of LoRA's results; WORK/lora by default")
+    parser.add_argument("--no-lora", action="store_true", help="leave LoRA out")
+    asked = parser.parse_args()
+    training = TrainingOptions(epochs=asked.epochs)
+    adaptors = asked.adaptors.split(",")
+    benchmark = Benchmark(
+        datasets=find_datasets(asked.data, asked.sets.split(",") if asked.sets else ()),
+        contenders=make_contenders(
+            adaptors,
+            {f"{name}.{key}": value for name in adaptors for key, value in SETTINGS[name].items()},
+            {"lr": LEARNING_RATES},
+            training,
+        ),
+        rules=Rules(protocol=PROTOCOL, seeds=N_SEEDS, training=training),
+        caching={"model": MODEL},
+        out=asked.work,
     )
-    cache_sets(arguments.data, arguments.work, names)
-    cells = choose(run_all(list(trials(arguments.work, names, adaptors, arguments.epochs)), arguments.jobs))
-    (arguments.work / "table.json").write_text(json.dumps([asdict(cell) for cell in cells], indent=1))
-    (arguments.work / "table.md").write_text(f"{table(cells)}\n\n{rates(cells)}\n")
-    draw(cells, arguments.work / "results.png")
-    print(f"\n{table(cells)}\n\n{rates(cells)}\n\nalso in {arguments.work}/table.md, table.json and results.png")
+    budget = {
+        "sets": list(benchmark.datasets),
+        "adaptors": adaptors if asked.no_lora else [*adaptors, LORA],
+        "protocol": PROTOCOL,
+        "learning_rates": LEARNING_RATES,
+        "seeds": N_SEEDS,
+        "epochs": asked.epochs,
+        "processes": asked.jobs,
+    }
+    print("\n".join([f"budget: {json.dumps(budget)}", *benchmark.budget()]), flush=True)
+    with sigterm_interrupts():
+        table, _ = run_benchmark(benchmark, jobs=asked.jobs)
+        if not asked.no_lora:
+            lora = asked.lora or asked.work / "lora"
+            tasks = [
+                LoraTask(dataset=path, out=lora / name, epochs=asked.epochs)
+                for name, path in benchmark.datasets.items()
+            ]
+            table = with_lora(table, tasks, asked.jobs)
+    write_results(table, budget, asked.work)
+    print(f"\n{table_text(table)}\nalso in {asked.work}: table.md, results.json and results.png")
 
 
 if __name__ == "__main__":
-    main()
+    guarded(main)()

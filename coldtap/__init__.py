@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coldtap.adaptors.training import train_adaptor as train_adaptor
     from coldtap.pipeline.job import cache_features as cache_features
+    from coldtap.stores.adding_targets import add_targets as add_targets
     from coldtap.stores.store import open_store as open_store
 
 __version__ = "0.1.0"
 _PUBLIC = {
+    "add_targets": "coldtap.stores.adding_targets",
     "cache_features": "coldtap.pipeline.job",
     "open_store": "coldtap.stores.store",
     "train_adaptor": "coldtap.adaptors.training",
 }
-__all__ = ["cache_features", "open_store", "train_adaptor"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["add_targets", "cache_features", "open_store", "train_adaptor"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,11 @@ import numpy as np
 from coldtap.stores.arrays import ArraySpec, Geometry, Layout, Tier, plan_arrays
 from coldtap.stores.calibration import calibration_rows
 from coldtap.stores.codes import ErrorBound, Scaling, choose_scaling
-from coldtap.stores.index import targets_bytes
 from coldtap.stores.journal import Rejection
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import RowPlan
+from coldtap.stores.targets import targets_bytes
 from coldtap.stores.tiers import Numbers, scales_rule
 from coldtap.stores.writer import StoreWriter
 
@@ -148,3 +148,18 @@ def encode(values: np.ndarray[Any, Any], tier: Tier) -> np.ndarray[Any, Any]:
         bits = values.astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return values.astype(tier)
+
+
+def three_directions(
+    path: Path, *, sizes: Mapping[str, int] | None = None, noise: float = 0.5, **arguments: Any
+) -> Path:
+    """A store of three classes, each a direction of the channels that all four taps share, in noise."""
+    sizes = {"train": 48, "val": 20, "test": 20} if sizes is None else sizes
+    splits = [split for split, n in sizes.items() for _ in range(n)]
+    rng = np.random.default_rng(0)
+    targets = arguments.pop("targets", [i % 3 for i in range(len(splits))])
+    views = arguments.get("views", 0) + 1
+    features = noise * rng.standard_normal((views, len(splits), 4, GEOMETRY.tokens, GEOMETRY.channels))
+    features += 2 * np.eye(8)[targets][:, None, None]
+    synthetic_store(path, features, targets, splits, block_rows=16, **arguments)
+    return path

@@ -1,7 +1,5 @@
 """What an adaptor asks of a store, and what it says when the store cannot give it."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -47,6 +45,12 @@ def vit(tmp_path):
         ("last", {}, "layers/g2x3-p1-c8", (0, 1, 2, 3, 4)),
         ("last", {"gap": "2"}, "layers/g2x3-p1-c8", (0, 2, 4)),
         ("last", {"gap": "4"}, "layers/g2x3-p1-c8", (0, 4)),
+        ("attentive", {"queries": 4}, "layers/g2x3-p1-c8", (4,)),
+        ("attentive", {"queries": 4, "tap": -3}, "layers/g2x3-p1-c8", (2,)),
+        ("head2toe", {}, "pooled/g2x3-p1-c8", (0, 1, 2, 3, 4)),
+        ("ladder", {"reduction": 2, "gap": 2}, "layers/g2x3-p1-c8", (0, 2, 4)),
+        ("combo", {}, "layers/g2x3-p1-c8", (1, 2, 3, 4)),
+        ("combo", {"gap": "2"}, "layers/g2x3-p1-c8", (2, 4)),
     ],
 )
 def test_each_adaptor_reads_what_it_needs(vit, adaptor, settings, array, taps):
@@ -65,6 +69,9 @@ def test_each_adaptor_reads_what_it_needs(vit, adaptor, settings, array, taps):
         ("last", {}, "backbone"),
         ("last", {"bias_correction": "no"}, "new"),
         ("last", {"norm": "none"}, "none"),
+        ("attentive", {"queries": 4}, "backbone"),
+        ("attentive", {"queries": 4, "tap": 2}, "new"),
+        ("ladder", {"reduction": 2}, "new"),
     ],
 )
 def test_an_automatic_norm_is_settled_and_written_into_the_options(vit, adaptor, settings, norm):
@@ -78,9 +85,15 @@ def test_linear_falls_back_to_layers(tmp_path):
 
 
 @pytest.mark.parametrize(("tap", "array"), [(0, "g2x3-p0-c8"), (1, "g3x2-p0-c8"), (-1, "g3x2-p0-c8")])
-def test_linear_finds_the_geometry_that_holds_a_stage(tmp_path, tap, array):
-    store = store_of(tmp_path / "s", geometries=STAGES, gathers={"pooled": [0, 1]}, n_taps=2)
+def test_probes_find_the_geometry_that_holds_a_stage(tmp_path, tap, array):
+    store = store_of(tmp_path / "s", geometries=STAGES, gathers={"pooled": [0, 1], "layers": [0, 1]}, n_taps=2)
     assert plan(store, "linear", tap=tap)[0].array == f"pooled/{array}"
+    assert plan(store, "attentive", tap=tap, queries=2)[0].array == f"layers/{array}"
+
+
+def test_head2toe_takes_the_taps_that_are_pooled(tmp_path):
+    store = store_of(tmp_path / "s", gathers={"pooled": [1, 4]})
+    assert plan(store, "head2toe")[0].taps == (1, 4)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +116,26 @@ def test_linear_finds_the_geometry_that_holds_a_stage(tmp_path, tap, array):
         ),
         ({"pooled": [4]}, "linear", {"tap": 2}, r"linear needs tap 2 .* there with taps \[4\]: .*--gather pooled"),
         ({"pooled": [4]}, "linear", {"norm_at": "before"}, r"linear needs tap -1 in `layers`; .* holds pooled"),
+        (
+            {"pooled": [4], "sum": [4]},
+            "attentive",
+            {"tap": -2},
+            r"attentive needs tap -2 in `layers`; .* holds sum, pooled: cache again with --gather layers --taps 3",
+        ),
+        (
+            {"layers": [4]},
+            "attentive",
+            {"tap": 9},
+            r"attentive needs tap 9 .* taps \[4\]: .*--taps all",
+        ),
+        (
+            {"layers": [4]},
+            "head2toe",
+            {},
+            r"head2toe needs `pooled`; .*s holds layers: .*--gather pooled",
+        ),
+        ({"sum": [4]}, "ladder", {}, r"ladder needs `layers`; .*s holds sum: cache again with --gather layers"),
+        ({"layers": [0, 4]}, "combo", {"gap": 2}, r"combo with gap=2 needs taps \[2, 4\]; .* lacks \[2\] .*--taps all"),
     ],
 )
 def test_missing_features_say_what_is_needed_what_is_there_and_what_to_do(
@@ -113,7 +146,7 @@ def test_missing_features_say_what_is_needed_what_is_there_and_what_to_do(
         plan(store, adaptor, **settings)
 
 
-@pytest.mark.parametrize("adaptor", ["mist", "last"])
+@pytest.mark.parametrize("adaptor", ["head2toe", "mist", "ladder", "combo", "last"])
 def test_stage_networks_are_refused_in_one_line(tmp_path, adaptor):
     store = store_of(tmp_path / "s", geometries=STAGES, gathers={"layers": [0, 1]}, n_taps=2)
     with pytest.raises(
@@ -164,15 +197,8 @@ def test_a_bad_option_is_named_with_what_it_may_be(settings, message):
         parse_options(ADAPTORS["last"].options, settings, adaptor="last")
 
 
-@pytest.mark.parametrize("name", ADAPTORS)
-def test_options_survive_json_and_text(name):
-    options = ADAPTORS[name].options()
-    fields = dataclasses.asdict(options)
-    assert parse_options(ADAPTORS[name].options, fields, adaptor=name) == options
-    texts = {key: str(value) for key, value in fields.items()}
-    assert parse_options(ADAPTORS[name].options, texts, adaptor=name) == options
-
-
 def test_an_unknown_adaptor_is_refused_with_the_known_ones():
-    with pytest.raises(OptionError, match=r"unknown adaptor 'lora'; known are linear, mist, last"):
+    with pytest.raises(
+        OptionError, match=r"unknown adaptor 'lora'; known are linear, attentive, head2toe, mist, ladder, combo, last"
+    ):
         adaptor_kind("lora")

@@ -184,7 +184,7 @@ def test_an_empty_split_is_refused(tmp_path):
 
 def test_labels_outside_the_classes_are_refused(tmp_path):
     store = write_store(tmp_path / "s", class_names=["a", "b"])
-    with pytest.raises(SourceError, match=r"train labels from 0 to 2; its classes are 0 to 1"):
+    with pytest.raises(SourceError, match=r"train targets 'label' from 0 to 2; its classes are 0 to 1"):
         batches_of(store, resident=False)
 
 

@@ -354,7 +354,7 @@ def test_a_finished_run_says_so_and_is_left_as_it_is(store, run):
     assert result.stdout.startswith(f"{run} is finished already; nothing to do\n")
     as_json = json.loads(coldtap("train-adaptor", store, *options, "--json").stdout)
     assert as_json["finished_before"] is True
-    assert as_json["metrics"]["test"]["top1"] == 1.0
+    assert as_json["metrics"]["test"]["scores"]["top1"] == 1.0
     assert files(run) == before
 
 

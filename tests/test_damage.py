@@ -139,7 +139,7 @@ def tables(store):
         yield f"ids {rows}", answer(partial(store.sample_ids, rows))
         yield f"targets {rows}", answer(lambda rows=rows: store.targets(rows).tolist())
     yield "sources", answer(partial(store.sources, PRESENT))
-    yield "classes", answer(lambda: (store.class_names(), store.n_classes))
+    yield "classes", answer(lambda: (store.class_names(), store.n_classes()))
     yield "split of each id", answer(store.splits_by_id)
 
 
@@ -655,7 +655,8 @@ def bombs(path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from coldtap.stores.index import SAMPLES_SCHEMA, TARGETS_SCHEMA
+    from coldtap.stores.index import SAMPLES_SCHEMA
+    from coldtap.stores.targets import TARGETS_SCHEMA
 
     path = Path(path)
     files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}

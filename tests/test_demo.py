@@ -40,8 +40,16 @@ def test_components_follow_what_varies_most():
 
 
 @pytest.mark.slow
-def test_the_demo_leaves_a_table_and_a_picture(tmp_path, capfd):
-    demo.run_demo(tmp_path / "out", epochs=1, n_images=200)
+def test_the_demo_leaves_a_table_and_a_picture(tmp_path, capfd, monkeypatch, server):
+    def run(words):
+        """Forked from a process that has its imports; `[python, -m, coldtap.cli.main, …]` would do them each time."""
+        assert words[1:3] == ["-m", "coldtap.cli.main"]
+        job = server.start(*words[3:])
+        assert job.wait() == 0, job.err
+        return 1.0
+
+    monkeypatch.setattr(demo, "_run", run)
+    demo.run_demo(tmp_path / "out", epochs=1, n_images=120)
     printed = capfd.readouterr().out
     for adaptor in demo.ADAPTORS:
         assert f"  {adaptor} " in printed

@@ -17,11 +17,10 @@ from torch import nn
 from coldtap.stores import open_store
 from coldtap.stores.durable import TEMPORARY_SUFFIX
 from coldtap.stores.errors import TooManyRejectedError
-from coldtap.stores.index import targets_bytes
 from coldtap.stores.manifest import MANIFEST
+from coldtap.stores.targets import targets_bytes
 from coldtap.stores.verify import verify_store
 from coldtap.stores.writer import update_targets
-from tests.fork_server import ForkServer
 from tests.jobs import TinyNet, cache, coldtap, error_line, files, in_memory
 from tests.pictures import encoded, picture, write_classes, write_pictures
 
@@ -484,12 +483,6 @@ def test_a_store_of_a_single_class_is_not_trained_from(tmp_path):
 
 
 # The machine
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as running:
-        yield running
 
 
 def ended(job, code):

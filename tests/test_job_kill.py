@@ -18,14 +18,14 @@ from coldtap.stores.faults import FAULT_POINTS
 from coldtap.stores.lock import LOCK_NAME
 from coldtap.stores.manifest import MANIFEST
 from coldtap.stores.verify import verify_store
-from tests.fork_server import ForkServer
 from tests.pictures import write_classes
 
 pytestmark = pytest.mark.slow
 
 # 12 train, 3 val and 3 test images with six more views of train: nine blocks, of three shards each.
 N_BLOCKS, SHARDS_A_BLOCK = 9, 3
-OPTIONS = ("--views", "6", "--taps", "0,9", "--batch-size", "8", "--device", "cpu")
+SMALL_NETWORK = ("--model", "test_vit", "--random-weights", "--input-size", "64")  # half of a job's time goes with it
+OPTIONS = (*SMALL_NETWORK, "--views", "6", "--taps", "0,5", "--batch-size", "8", "--device", "cpu")
 LONG_S = 120
 
 # Where the first life of a job is ended. Three blocks are in flight at a time, so the tenth shard belongs to
@@ -49,12 +49,6 @@ def source(tmp_path_factory):
     for split, n_images in (("train", 4), ("val", 1), ("test", 1)):
         write_classes(folder / split, n_images, "ant", "bee", "cat")
     return folder
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +105,12 @@ def wait_for(condition, job):
         assert not job.has_ended(), job.err
         assert time.monotonic() < deadline, "nothing happened for too long"
         time.sleep(0.002)
+
+
+def is_stopped(job):
+    """Whether every thread stands still: one that was waiting for the disk ends its write first."""
+    states = Path(f"/proc/{job.pid}/task").glob("*/stat")
+    return all(state.read_text().rpartition(")")[2].split()[0] == "T" for state in states)
 
 
 def ends_as_undisturbed(start, store, undisturbed):
@@ -174,7 +174,7 @@ def test_deaths_at_random_moments_after_the_first_block_end_in_the_same_bytes(st
             break
         job = start()
         wait_for(lambda: finished(store) > before, job)  # noqa: B023 # called at once
-        time.sleep(moments.uniform(0, 0.03))
+        time.sleep(moments.uniform(0, 0.02))
         if not job.has_ended():
             job.send(signal.SIGKILL)
         if job.wait() == 0:
@@ -250,6 +250,7 @@ def test_a_second_job_is_refused_while_the_first_one_writes_and_not_after_its_de
     first = start()
     wait_for(lambda: finished(store), first)
     first.send(signal.SIGSTOP)
+    wait_for(lambda: is_stopped(first), first)
     before = files_of(store)
     second = start()
     assert second.wait() == 5

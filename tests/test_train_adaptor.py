@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from coldtap.adaptors import load_adaptor, read_run, train_adaptor
-from coldtap.adaptors import run as run_module
+from coldtap.adaptors import shared_pass as pass_module
 from coldtap.adaptors.checkpoint import read_checkpoint
 from coldtap.adaptors.devices import seeded
-from coldtap.adaptors.fitting import Fitter, learning_rate_at, make_optimizer
-from coldtap.adaptors.run import choose_epoch
+from coldtap.adaptors.optimizer import learning_rate_at, make_optimizer
 from coldtap.adaptors.run_folder import EpochRecord
+from coldtap.adaptors.shared_pass import SharedPass, choose_epoch
 from coldtap.stores import StoredArray, open_store
 from coldtap.stores.errors import (
     IncompleteStoreError,
@@ -31,12 +31,11 @@ from coldtap.stores.errors import (
     SourceError,
     StoreError,
 )
-from coldtap.stores.index import Targets
+from coldtap.stores.targets import Targets
 from tests.jobs import coldtap
-from tests.synthetic import GEOMETRY, synthetic_store
+from tests.synthetic import three_directions as toy
 
-SIZES = {"train": 48, "val": 20, "test": 20}
-FILES = {"adaptor.safetensors", "run.json", "epochs.csv", "curves.png"}
+FILES = {"adaptor.safetensors", "run.json", "epochs.csv", "curves.png", "predictions.parquet"}
 
 
 @pytest.fixture(autouse=True)
@@ -45,19 +44,6 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def toy(path, *, sizes=None, noise=0.5, **arguments):
-    """Three classes, each a direction of the channels that all taps share, in noise."""
-    sizes = SIZES if sizes is None else sizes
-    splits = [split for split, n in sizes.items() for _ in range(n)]
-    rng = np.random.default_rng(0)
-    targets = arguments.pop("targets", [i % 3 for i in range(len(splits))])
-    views = arguments.get("views", 0) + 1
-    features = noise * rng.standard_normal((views, len(splits), 4, GEOMETRY.tokens, GEOMETRY.channels))
-    features += 2 * np.eye(8)[targets][:, None, None]
-    synthetic_store(path, features, targets, splits, block_rows=16, **arguments)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +60,8 @@ def train(store, out, adaptor="linear", **arguments):
 )
 def test_each_adaptor_learns_a_separable_toy(store, tmp_path, adaptor, settings):
     result = train(store, tmp_path / "run", adaptor, settings=settings, lr=1e-2)
-    assert result.info.metrics["test"].top1 >= 0.95
-    assert result.info.metrics["val"].top1 >= 0.95
+    assert result.info.metrics["test"].score >= 0.95
+    assert result.info.metrics["val"].score >= 0.95
     assert {path.name for path in (tmp_path / "run").iterdir()} == FILES
 
 
@@ -85,7 +71,7 @@ def test_targets_without_a_pattern_are_not_learnt(tmp_path):
     store = open_store(path)
     store._targets["label"] = Targets(values=rng.integers(0, 3, 88), class_names=("ant", "bee", "cat"), order=None)
     result = train(store, tmp_path / "run")
-    assert result.info.metrics["test"].top1 < 0.7
+    assert result.info.metrics["test"].score < 0.7
 
 
 def test_a_loaded_adaptor_gives_the_accuracy_that_was_reported(store, tmp_path):
@@ -98,7 +84,7 @@ def test_a_loaded_adaptor_gives_the_accuracy_that_was_reported(store, tmp_path):
     opened.arrays[info.features.array].read_into(features, rows, info.features.taps)
     with torch.inference_mode():
         right = (module(torch.from_numpy(features)).argmax(1).numpy() == opened.targets(rows)).mean()
-    assert right == info.metrics["test"].top1
+    assert right == info.metrics["test"].score
     assert info.class_names == ("ant", "bee", "cat")
     assert not module.training
 
@@ -107,7 +93,7 @@ def test_run_json_says_what_was_trained_on_what_and_how_well(store, tmp_path):
     result = train(store, tmp_path / "run", "mist", settings={"rank": "2", "depth": 1}, seed=5)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     opened = open_store(store)
-    assert record["format"] == 2
+    assert record["format"] == 3
     assert record["adaptor"] == "mist"
     assert record["seed"] == 5
     assert record["extractor_digest"] == opened.recipe.extractor_digest
@@ -116,8 +102,8 @@ def test_run_json_says_what_was_trained_on_what_and_how_well(store, tmp_path):
     assert record["store_digest"] == opened.digest
     assert record["settings"]["options"]["rank"] == 2
     assert record["settings"]["options"]["norm"] == "new"
-    assert record["metrics"]["val"]["top1"] == result.info.metrics["val"].top1
-    assert 0 <= record["metrics"]["test"]["top1"] <= 1
+    assert record["metrics"]["val"]["scores"]["top1"] == result.info.metrics["val"].score
+    assert 0 <= record["metrics"]["test"]["scores"]["top1"] <= 1
     # LSA 4·8·2 + 2·8, entry norm 16, head norm 16, classifier 8·3 + 3.
     assert record["parameters"] == 80 + 16 + 16 + 27
     assert record["versions"]["torch"] == version("torch")
@@ -125,7 +111,11 @@ def test_run_json_says_what_was_trained_on_what_and_how_well(store, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     best = rows[record["best_epoch"] - 1]
-    assert float(best["val_top1"]) == record["metrics"]["val"]["top1"] == max(float(row["val_top1"]) for row in rows)
+    assert (
+        float(best["val_score"])
+        == record["metrics"]["val"]["scores"]["top1"]
+        == max(float(row["val_score"]) for row in rows)
+    )
 
 
 def test_the_curves_are_a_picture(store, tmp_path):
@@ -183,9 +173,9 @@ def test_the_best_epoch_is_kept_not_the_last(store, tmp_path):
     # A rate that wrecks what the first epochs learnt: the kept weights must be those of the best epoch.
     result = train(store, tmp_path / "run", "mist", lr=2.0, warmup=0.9, epochs=5)
     with (tmp_path / "run" / "epochs.csv").open() as file:
-        accuracies = [float(row["val_top1"]) for row in csv.DictReader(file)]
+        accuracies = [float(row["val_score"]) for row in csv.DictReader(file)]
     assert accuracies[-1] < max(accuracies)
-    assert result.info.metrics["val"].top1 == max(accuracies)
+    assert result.info.metrics["val"].score == max(accuracies)
     module, info = load_adaptor(tmp_path / "run")
     opened = open_store(store)
     rows = opened.rows("val")
@@ -206,7 +196,7 @@ def test_the_best_epoch_is_kept_not_the_last(store, tmp_path):
 )
 def test_the_epoch_to_keep(epochs, best):
     records = tuple(
-        EpochRecord(epoch=i, lr=0, train_loss=0, val_loss=loss, val_top1=top1, seconds=0)
+        EpochRecord(epoch=i, lr=0, train_loss=0, val_loss=loss, val_score=top1, seconds=0)
         for i, (top1, loss) in enumerate(epochs, start=1)
     )
     assert choose_epoch(records) == best
@@ -235,9 +225,9 @@ def test_weight_decay_spares_biases_and_norms():
 
 def test_progress_is_told_of_every_epoch(store, tmp_path):
     told = []
-    train(store, tmp_path / "run", epochs=3, progress=lambda record, **more: told.append((record.epoch, more)))
-    assert [epoch for epoch, _ in told] == [1, 2, 3]
-    assert all(more["epochs"] == 3 and 1 <= more["best_epoch"] <= epoch for epoch, more in told)
+    train(store, tmp_path / "run", epochs=3, progress=lambda trials, **more: told.append((trials[0].best, more)))
+    assert [more["epoch"] for _, more in told] == [1, 2, 3]
+    assert all(more["epochs"] == 3 and 1 <= best <= more["epoch"] and more["seconds"] > 0 for best, more in told)
 
 
 def test_a_store_without_test_has_no_test_metrics(tmp_path):
@@ -325,8 +315,8 @@ def test_another_store_is_another_run(store, tmp_path):
 
 
 def interrupt_after(epoch):
-    def progress(record, **_):
-        if record.epoch == epoch:
+    def progress(_trials, **more):
+        if more["epoch"] == epoch:
             raise KeyboardInterrupt
 
     return progress
@@ -338,7 +328,7 @@ def test_ctrl_c_keeps_what_was_done_and_says_how_to_go_on(store, tmp_path):
         train(store, tmp_path / "run", "mist", progress=interrupt_after(2), **arguments)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint.safetensors"]
     told = []
-    again = train(store, tmp_path / "run", "mist", progress=lambda record, **_: told.append(record.epoch), **arguments)
+    again = train(store, tmp_path / "run", "mist", progress=lambda _, **more: told.append(more["epoch"]), **arguments)
     whole = train(store, tmp_path / "whole", "mist", **arguments)
     assert told == [3, 4, 5, 6]
     assert (again.resumed_after, whole.resumed_after) == (2, 0)
@@ -371,7 +361,7 @@ def test_a_damaged_checkpoint_is_refused(store, tmp_path, damage):
     data = bytearray(path.read_bytes())
     data[-3] ^= 1
     path.write_bytes({"truncated": data[:-40], "flipped": data, "text": b"not a checkpoint"}[damage])
-    with pytest.raises(RunError, match=r"checkpoint.safetensors is damaged .*delete it to start the run again"):
+    with pytest.raises(RunError, match=r"checkpoint.safetensors is damaged .*delete it to start again"):
         train(store, tmp_path / "run")
 
 
@@ -391,7 +381,7 @@ def _flip(path):
         (lambda run: (run / "run.json").unlink(), r"there is no finished run at .*run: make one"),
         (lambda run: (run / "run.json").write_text("{"), r"run.json is damaged"),
         (lambda run: (run / "run.json").write_text("[]"), r"run.json is damaged"),
-        (lambda run: _edit(run / "run.json", format=3), r"run format 3; this coldtap reads formats 1 to 2"),
+        (lambda run: _edit(run / "run.json", format=4), r"run format 4; this coldtap reads formats 1 to 3"),
         (lambda run: _edit(run / "run.json", colour="red"), r"run.json is damaged .*colour"),
         (lambda run: _edit(run / "run.json", n_classes=9), r"adaptor.safetensors does not fit the settings"),
         (lambda run: (run / "adaptor.safetensors").unlink(), r"adaptor.safetensors cannot be read \(No such file"),
@@ -408,8 +398,8 @@ def test_a_damaged_run_folder_is_refused(store, tmp_path, damage, message):
 def test_a_run_of_an_adaptor_from_the_future_is_refused(store, tmp_path):
     train(store, tmp_path / "run", epochs=1)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    _edit(tmp_path / "run" / "run.json", settings={**record["settings"], "adaptor": "combo"})
-    with pytest.raises(RunError, match=r"does not know: unknown adaptor 'combo'"):
+    _edit(tmp_path / "run" / "run.json", settings={**record["settings"], "adaptor": "tomorrow"})
+    with pytest.raises(RunError, match=r"does not know: unknown adaptor 'tomorrow'"):
         load_adaptor(tmp_path / "run")
 
 
@@ -451,7 +441,14 @@ def test_the_command_line_has_both_choices(store, tmp_path):
 def test_a_run_of_format_1_is_read_as_one_with_a_uniform_shuffle(store, tmp_path):
     train(store, tmp_path / "run", epochs=1)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    del record["settings"]["shuffle"], record["residency"]["on_gpu"], record["mixing"]
+    for name in ("shuffle", "order_seed", "target", "label_smoothing", "patience", "fit", "keep"):
+        del record["settings"][name]
+    for name in ("mixing", "metric", "target_kind", "trials", "epochs_done", "bytes_per_sample"):
+        del record[name]
+    del record["residency"]["on_gpu"]
+    for metrics in record["metrics"].values():
+        metrics["top1"] = metrics.pop("scores")["top1"]
+        del metrics["score"]
     (tmp_path / "run" / "run.json").write_text(json.dumps({**record, "format": 1}))
     assert load_adaptor(tmp_path / "run")[1].settings.shuffle == "uniform"
     assert train(store, tmp_path / "run", epochs=1).was_finished
@@ -471,25 +468,14 @@ def _edit_checkpoint(path, change):
     path.write_bytes(len(new).to_bytes(8, "little") + new + data[8 + size :])
 
 
-def test_a_checkpoint_of_format_1_goes_on(store, tmp_path):
-    def as_format_1(state):
-        state["format"] = 1
-        del state["part"], state["settings"]["shuffle"]
-
-    with pytest.raises(InterruptedRunError, match=r"after epoch 2"):
-        train(store, tmp_path / "run", progress=interrupt_after(2), checkpoint_every_s=1e9)
-    _edit_checkpoint(tmp_path / "run" / "checkpoint.safetensors", as_format_1)
-    resumed = train(store, tmp_path / "run")
-    assert resumed.resumed_after == 2
-    assert resumed.info.adaptor_sha256 == train(store, tmp_path / "whole").info.adaptor_sha256
-
-
-def test_a_checkpoint_of_the_future_is_refused(store, tmp_path):
+@pytest.mark.parametrize("version", [2, 4])
+def test_a_checkpoint_of_another_format_is_refused_and_kept(store, tmp_path, version):
     with pytest.raises(InterruptedRunError, match=r"after epoch 1"):
         train(store, tmp_path / "run", progress=interrupt_after(1))
-    _edit_checkpoint(tmp_path / "run" / "checkpoint.safetensors", lambda state: state.update(format=3))
-    with pytest.raises(RunError, match=r"of checkpoint format 3; this coldtap reads formats 1 to 2: delete it"):
+    _edit_checkpoint(tmp_path / "run" / "checkpoint.safetensors", lambda state: state.update(format=version))
+    with pytest.raises(RunError, match=rf"of checkpoint format {version}; this coldtap reads format 3: go on with"):
         train(store, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 # Inside an epoch
@@ -509,7 +495,7 @@ def test_a_run_stopped_inside_an_epoch_goes_on_from_the_last_step(tmp_path, monk
         "resident": resident,
         "checkpoint_every_s": 0,
     }
-    step = Fitter._step
+    step = SharedPass._step
 
     def stopping(self, batch):
         if self.steps == die_at:
@@ -520,13 +506,12 @@ def test_a_run_stopped_inside_an_epoch_goes_on_from_the_last_step(tmp_path, monk
     epochs, batches = divmod(die_at, 6)
     more = rf" and {batches} of 6 batches" if batches else ""
     with monkeypatch.context() as patched:
-        patched.setattr(Fitter, "_step", stopping)
+        patched.setattr(SharedPass, "_step", stopping)
         with pytest.raises(InterruptedRunError, match=rf"interrupted after epoch {epochs} of 3{more}; "):
             train(store, tmp_path / "run", **arguments)
-    part = read_checkpoint(tmp_path / "run").part
-    assert (part.batches if part else 0) == batches
+    assert read_checkpoint(tmp_path / "run").batches == batches
     taken = []
-    monkeypatch.setattr(Fitter, "_step", lambda self, batch: (taken.append(self.steps), step(self, batch))[1])
+    monkeypatch.setattr(SharedPass, "_step", lambda self, batch: (taken.append(self.steps), step(self, batch))[1])
     resumed = train(store, tmp_path / "run", **arguments)
     assert taken == list(range(die_at, 18))
     whole = train(store, tmp_path / "whole", **{**arguments, "checkpoint_every_s": 1e9})
@@ -541,7 +526,7 @@ def lines_without_seconds(run):
 
 def test_checkpoints_that_are_slow_to_write_are_rarer(store, tmp_path, monkeypatch):
     clock, writes = [0.0], []
-    step, write = Fitter._step, run_module.write_checkpoint
+    step, write = SharedPass._step, pass_module.write_checkpoint
 
     def stepping(self, batch):
         clock[0] += 0.125
@@ -552,25 +537,25 @@ def test_checkpoints_that_are_slow_to_write_are_rarer(store, tmp_path, monkeypat
         clock[0] += 1
         write(folder, checkpoint)
 
-    monkeypatch.setattr(run_module.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(Fitter, "_step", stepping)
-    monkeypatch.setattr(run_module, "write_checkpoint", writing)
+    monkeypatch.setattr(pass_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(SharedPass, "_step", stepping)
+    monkeypatch.setattr(pass_module, "write_checkpoint", writing)
     train(store, tmp_path / "run", epochs=5, checkpoint_every_s=0.25)
     # After a quarter of a second, and then, as a write takes a second, after one each.
     assert writes == [2, 10, 18, 26]
 
 
-def test_a_state_that_is_no_longer_finite_is_not_kept(store, tmp_path):
-    with pytest.raises(RunError, match=r"training loss is (nan|inf) in epoch 1 of 6"):
-        train(store, tmp_path / "run", "mist", lr=1e30, warmup=0.0, checkpoint_every_s=0)
-    last = read_checkpoint(tmp_path / "run")
-    assert last is not None
-    assert last.part.batches < 5
-    assert math.isfinite(last.part.loss)
+def test_a_run_that_diverges_ends_with_its_reason_and_leaves_nothing(store, tmp_path):
+    for _ in range(2):
+        with pytest.raises(
+            RunError, match=r"training loss is (nan|inf) in epoch 1 of 6, at lr=1e\+30: train again with a l"
+        ):
+            train(store, tmp_path / "run", "mist", lr=1e30, warmup=0.0, checkpoint_every_s=0)
+        assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_the_seconds_of_an_epoch_count_both_of_its_parts(store, tmp_path, monkeypatch):
-    step = Fitter._step
+    step = SharedPass._step
 
     def slow(self, batch):
         if self.steps == 4 and "stop" not in done:
@@ -580,7 +565,7 @@ def test_the_seconds_of_an_epoch_count_both_of_its_parts(store, tmp_path, monkey
         return step(self, batch)
 
     done = []
-    monkeypatch.setattr(Fitter, "_step", slow)
+    monkeypatch.setattr(SharedPass, "_step", slow)
     with pytest.raises(InterruptedRunError, match=r"and 4 of 6 batches"):
         train(store, tmp_path / "run", epochs=1, checkpoint_every_s=0)
     time.sleep(1)  # what lies between the two calls does not count
@@ -592,9 +577,9 @@ CHILD = """
 import os, pathlib, signal, sys
 import torch
 from coldtap.adaptors import train_adaptor
-from coldtap.adaptors.fitting import Fitter
+from coldtap.adaptors.shared_pass import SharedPass
 store, out, die_at_step, die_at_write = *sys.argv[1:3], *map(int, sys.argv[3:])
-step, rename, renamed = Fitter._step, pathlib.Path.rename, []
+step, rename, renamed = SharedPass._step, pathlib.Path.rename, []
 def stepping(self, batch):
     if self.steps == die_at_step:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -604,7 +589,7 @@ def renaming(self, target):
     if renamed.count("checkpoint.safetensors") == die_at_write:
         os.kill(os.getpid(), signal.SIGKILL)
     return rename(self, target)
-Fitter._step, pathlib.Path.rename = stepping, renaming
+SharedPass._step, pathlib.Path.rename = stepping, renaming
 torch.set_num_threads(1)
 train_adaptor(store, "last", out=out, epochs=6, batch_size=8, device="cpu", checkpoint_every_s=0,
               settings={"modules": 1, "dropout": 0.3, "drop_path": 0.2})
@@ -630,7 +615,7 @@ def test_a_run_killed_again_and_again_ends_in_the_same_bits_without_timm(tmp_pat
         child = run_child(store, tmp_path / "run", **die_at)
         assert child.returncode == -9, child.stderr
         last = read_checkpoint(tmp_path / "run")
-        assert (len(last.epochs), last.part.batches) == (kept, inside)
+        assert (last.epochs, last.batches) == (kept, inside)
         left = {path.name for path in (tmp_path / "run").iterdir()}
         assert left == {"checkpoint.safetensors", *(["checkpoint.safetensors.partial"] if "write" in die_at else [])}
     # What a death inside a checkpoint's write leaves must not matter.

@@ -28,7 +28,6 @@ from coldtap.stores.durable import TEMPORARY_SUFFIX
 from coldtap.stores.errors import OptionError
 from coldtap.stores.manifest import MANIFEST
 from coldtap.stores.rows import RowPlan
-from tests.fork_server import ForkServer
 from tests.jobs import SMALL, TAPS, TinyNet, cache, files, in_memory
 from tests.pictures import picture, write_classes
 
@@ -37,12 +36,6 @@ VIEWS = 16
 N_BLOCKS = VIEWS + 3
 OPTIONS = ("--views", str(VIEWS), "--taps", "0,9", "--batch-size", "8", "--device", "cpu")
 LONG_S = 180
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +97,10 @@ def wait_for(condition, job, limit_s=LONG_S):
 
 
 def begin_and_see_blocks(start, store, *options):
-    """A job with two workers that has some blocks, not all, and its workers."""
+    """A job with two workers that has done some blocks, not all, and its workers."""
+    before = finished(store)
     job = start(store, "--workers", "2", *options)
-    wait_for(lambda: finished(store) or job.has_ended(), job)
+    wait_for(lambda: finished(store) > before or job.has_ended(), job)
     workers = workers_of(job.pid)
     assert len(workers) == 2, job.err
     assert not (store / MANIFEST).exists()
@@ -250,19 +244,8 @@ def test_sources_travel_with_their_listing(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_write_the_bytes_of_one_process(tmp_path, start, undisturbed):
-    job = start(tmp_path / "s", "--workers", "2")
-    assert job.wait() == 0, job.err
-    assert files(tmp_path / "s") == undisturbed
-    rows = 12 * (VIEWS + 1) + 6
-    lines = job.err.splitlines()
-    assert lines[0].startswith(f"forecast: {rows} rows")
-    assert all(f"/{rows} rows" in line for line in lines[1:])
-    assert f" {rows}/{rows} rows" in f" {lines[-1]}"
-
-
-@pytest.mark.slow
 def test_two_workers_write_the_codes_and_escapes_of_one_process(tmp_path, start):
+    """The bytes of a float store: the deaths below end in them."""
     options = ("--tier", "int8", "--layout", "compact", "--snr", "40", "--views", "6")
     for name, n_workers in (("one", 1), ("two", 2)):
         job = start(tmp_path / name, *options, "--workers", n_workers)
@@ -270,6 +253,11 @@ def test_two_workers_write_the_codes_and_escapes_of_one_process(tmp_path, start)
     assert files(tmp_path / "two") == files(tmp_path / "one")
     lines = [json.loads(path.read_text()) for path in (tmp_path / "two/journal").glob("*.json")]
     assert any(name.startswith("escapes/") for line in lines for name in line["shards"])
+    rows = 12 * 7 + 6
+    lines = job.err.splitlines()
+    assert lines[0].startswith(f"forecast: {rows} rows")
+    assert all(f"/{rows} rows" in line for line in lines[1:])
+    assert f" {rows}/{rows} rows" in f" {lines[-1]}"
 
 
 @pytest.mark.slow
@@ -289,25 +277,19 @@ def test_a_python_model_and_a_parquet_source_travel_to_workers(tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_nothing(tmp_path, start, undisturbed):
+def test_workers_end_with_a_killed_job_and_the_next_one_that_loses_a_worker_ends_in_the_same_bytes(
+    tmp_path, start, undisturbed
+):
+    job, workers = begin_and_see_blocks(start, tmp_path / "s")
+    job.send(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+    wait_for(lambda: not any(map(is_alive, workers)), job, 10)
+    assert 1 <= len(finished(tmp_path / "s")) < N_BLOCKS
     job, workers = begin_and_see_blocks(start, tmp_path / "s")
     os.kill(workers[0], signal.SIGKILL)
     assert job.wait() == 0, job.err
     assert files(tmp_path / "s") == undisturbed
     assert "Traceback" not in job.err
-
-
-@pytest.mark.slow
-def test_workers_end_with_a_killed_job_and_the_next_one_ends_in_the_same_bytes(tmp_path, start, undisturbed):
-    job, workers = begin_and_see_blocks(start, tmp_path / "s")
-    job.send(signal.SIGKILL)
-    assert job.wait() == -signal.SIGKILL
-    wait_for(lambda: not any(map(is_alive, workers)), job, 10)
-    there = finished(tmp_path / "s")
-    assert 1 <= len(there) < N_BLOCKS
-    job = start(tmp_path / "s", "--workers", "2")
-    assert job.wait() == 0, job.err
-    assert files(tmp_path / "s") == undisturbed
 
 
 @pytest.mark.slow

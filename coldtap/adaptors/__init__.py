@@ -1,13 +1,17 @@
-"""Small trainable networks that read stored tensors only: LAST, MIST, probes. Imports no timm."""
+"""Small trainable networks that read stored tensors only: LAST, MIST, probes and their rivals. Imports no timm."""
 
 from coldtap.adaptors.batches import Batch, FeatureBatches
+from coldtap.adaptors.grid import expand_grid
 from coldtap.adaptors.loading import load_adaptor
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.networks.kinds import ADAPTORS
 from coldtap.adaptors.networks.options import option_defaults
-from coldtap.adaptors.run import Progress, RunResult
+from coldtap.adaptors.planned import TrainingOptions
+from coldtap.adaptors.protocol import ProtocolResult, mean_and_deviation, run_protocol
 from coldtap.adaptors.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
-from coldtap.adaptors.training import train_adaptor
+from coldtap.adaptors.shared_pass import Progress
+from coldtap.adaptors.training import RunResult, train_adaptor
+from coldtap.adaptors.trials import TrialResult, Trials, train_trials, trials_table
 
 __all__ = [
     "ADAPTORS",
@@ -16,11 +20,20 @@ __all__ = [
     "FeatureBatches",
     "FeatureSpec",
     "Progress",
+    "ProtocolResult",
     "RunInfo",
     "RunResult",
     "SplitMetrics",
+    "TrainingOptions",
+    "TrialResult",
+    "Trials",
+    "expand_grid",
     "load_adaptor",
+    "mean_and_deviation",
     "option_defaults",
     "read_run",
+    "run_protocol",
     "train_adaptor",
+    "train_trials",
+    "trials_table",
 ]

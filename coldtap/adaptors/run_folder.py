@@ -1,21 +1,24 @@
 """The run folder: what a finished training leaves behind, and how it is read back.
 
 RUN/
-  adaptor.safetensors   the best epoch's weights, with the backbone's final norm where the head uses it
-  run.json              what was trained on what, and how well; written last: a run without it is unfinished
+  adaptor.safetensors   the weights that were kept, with the backbone's final norm where the head uses it
+  predictions.parquet   one line a sample of each split that was evaluated
   epochs.csv            one line an epoch
-  curves.png            the same as a picture
+  curves.png            the same as a picture; a run that was trained beside others shares theirs
+  run.json              what was trained on what, and how well; written last: a run without it is unfinished
+  failed.json           instead of all of these: why a trial came to no end
   checkpoint.safetensors   only while the run is unfinished
 
-Format 1, of earlier versions, knew one shuffle, `uniform`, and no features on a GPU; it is read too.
+Formats 1 and 2, of earlier versions, knew single labels and one way to fit; they are read too.
 """
 
+import csv
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from coldtap.adaptors.epoch_order import Shuffle
 from coldtap.adaptors.memory import Residency
@@ -23,18 +26,28 @@ from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.stores.canonical import readable_json
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import RunError
+from coldtap.stores.target_kinds import TargetKind
 
-FORMAT = 2
-READABLE = (1, FORMAT)
+FORMAT = 3
+READABLE = (1, 2, FORMAT)
 ADAPTOR = "adaptor.safetensors"
 RUN = "run.json"
 EPOCHS = "epochs.csv"
 CURVES = "curves.png"
+FAILED = "failed.json"
+
+type Fit = Literal["train", "train+val"]
+type Keep = Literal["best", "last"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
-    """What decides a run's result, on one machine: two runs with equal settings end in equal weights."""
+    """What decides a run's result, on one machine: two runs with equal settings end in equal weights.
+
+    `seed` decides the start and dropout; `order_seed` the order of samples and their views, so that trials with other
+    seeds can share batches. `patience` is the number of epochs without a better val score after which a run ends.
+    `fit` names the splits that are learnt from; with both there is no val, and the last epoch is kept.
+    """
 
     adaptor: str
     options: Mapping[str, Any]
@@ -44,16 +57,31 @@ class RunSettings:
     weight_decay: float
     warmup: float
     seed: int
+    order_seed: int
     store_digest: str
     extractor_digest: str
     shuffle: Shuffle = "uniform"
+    target: str = "label"
+    label_smoothing: float = 0.0
+    patience: int | None = None
+    fit: Fit = "train"
+    keep: Keep = "best"
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "RunSettings":
+        """Parses what `dataclasses.asdict` gave, in any readable format; an unknown key is a TypeError."""
+        # Formats 1 and 2 had one seed for everything; the other new settings had no other value than their defaults.
+        return cls(**{"order_seed": record["seed"], **record})
 
     def differences(self, other: "RunSettings") -> list[str]:
         """Returns each setting that differs in `other`, as `name: here → there`; of two adaptors, that alone."""
         if self.adaptor != other.adaptor:
             return [f"adaptor: {self.adaptor} → {other.adaptor}"]
         mine, theirs = _flat(self), _flat(other)
-        return [f"{name}: {old} → {theirs[name]}" for name, old in mine.items() if old != theirs[name]]
+        names = dict.fromkeys([*mine, *theirs])  # another coldtap's adaptor may have another option
+        return [
+            f"{name}: {mine.get(name)} → {theirs.get(name)}" for name in names if mine.get(name) != theirs.get(name)
+        ]
 
 
 def _flat(settings: RunSettings) -> dict[str, Any]:
@@ -75,21 +103,26 @@ def require_equal(old: RunSettings, new: RunSettings, out: Path) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EpochRecord:
-    """One epoch: mean losses (nats), accuracy on val as a fraction, the last step's learning rate, and seconds."""
+    """One epoch: mean losses (nats), the deciding score on val, the last step's learning rate, and seconds.
+
+    Loss and score on val are None where val is learnt from. The seconds of trials that share their batches are those of
+    all of them.
+    """
 
     epoch: int
     lr: float
     train_loss: float
-    val_loss: float
-    val_top1: float
+    val_loss: float | None
+    val_score: float | None
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitMetrics:
-    """How well an adaptor does on one split: accuracy as a fraction, mean cross-entropy in nats."""
+    """How well an adaptor does on one split: the deciding score, all scores by name, in [0, 1]; mean loss (nats)."""
 
-    top1: float
+    score: float
+    scores: Mapping[str, float]
     loss: float
     n_samples: int
 
@@ -98,13 +131,17 @@ class SplitMetrics:
 class RunInfo:
     """All that `run.json` says.
 
-    `class_names` is None where the source gave none; `mixing` says how far a block shuffle is from a uniform one;
-    `model` is the backbone as the store's maker named it, a timm name with its pretrained tag, which the extractor's
-    `architecture` leaves out.
+    `metric` names the deciding score; `class_names` is None where the source gave none; `mixing` says how far a block
+    shuffle is from a uniform one; `model` is the backbone as the store's maker named it, a timm name with its
+    pretrained tag, which the extractor's `architecture` leaves out; `trials` is the number of trials that shared
+    batches, seconds and memory with this one; `epochs_done` and `bytes_per_sample` (stored bytes of a sample's
+    features) are 0 in formats 1 and 2.
     """
 
     settings: RunSettings
     features: FeatureSpec
+    target_kind: TargetKind
+    metric: str
     n_classes: int
     class_names: tuple[str, ...] | None
     parameters: int
@@ -120,6 +157,9 @@ class RunInfo:
     extractor: Mapping[str, Any]
     adaptor_sha256: str
     mixing: str | None = None
+    trials: int = 1
+    epochs_done: int = 0
+    bytes_per_sample: float = 0.0
 
     @property
     def extractor_digest(self) -> str:
@@ -140,14 +180,25 @@ class RunInfo:
         repeated = ("format", "adaptor", "seed", "extractor_digest", "store_digest")
         fields = {name: value for name, value in record.items() if name not in repeated}
         names = fields["class_names"]
+        fields = {"target_kind": "class", "metric": "top1", **fields}  # formats 1 and 2 knew no other
         parsed = {
-            "settings": RunSettings(**fields["settings"]),
+            "settings": RunSettings.from_dict(fields["settings"]),
             "features": FeatureSpec.from_dict(fields["features"]),
             "class_names": None if names is None else tuple(names),
-            "metrics": {split: SplitMetrics(**metrics) for split, metrics in fields["metrics"].items()},
+            "metrics": {split: _metrics(metrics) for split, metrics in fields["metrics"].items()},
             "residency": Residency(**fields["residency"]),
         }
         return cls(**{**fields, **parsed})
+
+
+def _metrics(record: Mapping[str, Any]) -> SplitMetrics:
+    if "top1" in record:  # formats 1 and 2
+        record = {
+            "score": record["top1"],
+            "scores": {"top1": record["top1"]},
+            **{key: record[key] for key in ("loss", "n_samples")},
+        }
+    return SplitMetrics(**record)
 
 
 def read_run(folder: Path) -> RunInfo | None:
@@ -156,32 +207,97 @@ def read_run(folder: Path) -> RunInfo | None:
     Raises:
         RunError: `run.json` is of another format version, or damaged.
     """
-    path = folder / RUN
+    record = _read_json(folder / RUN)
+    return None if record is None else _parsed(folder / RUN, RunInfo.from_dict, record)
+
+
+def read_failure(folder: Path) -> tuple[RunSettings, str] | None:
+    """Returns the settings of a trial that came to no end, and why; None where there is no `failed.json`.
+
+    Raises:
+        RunError: `failed.json` is of another format version, or damaged.
+    """
+    record = _read_json(folder / FAILED)
+    if record is None:
+        return None
+    return _parsed(
+        folder / FAILED, lambda failed: (RunSettings.from_dict(failed["settings"]), failed["reason"]), record
+    )
+
+
+def write_failure(folder: Path, settings: RunSettings, reason: str) -> None:
+    """Writes why a trial came to no end."""
+    record = {"format": FORMAT, "reason": reason, "settings": dataclasses.asdict(settings)}
+    write_file(folder / FAILED, [readable_json(record)])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         record = json.loads(path.read_bytes())
-        if record["format"] not in READABLE:
-            raise RunError(f"{path} is of run format {record['format']!r}; this coldtap reads formats 1 to {FORMAT}")
-        return RunInfo.from_dict(record)
+        found = record["format"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise RunError(f"{path} is damaged ({error!r}): train again into another --out") from error
+    if found not in READABLE:
+        raise RunError(
+            f"{path} is of run format {found!r}; this coldtap reads formats 1 to {FORMAT}: use the coldtap that "
+            "wrote it, or train again into another --out"
+        )
+    return dict(record)
+
+
+def _parsed[T](path: Path, parse: Callable[[Mapping[str, Any]], T], record: Mapping[str, Any]) -> T:
+    try:
+        return parse(record)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path} is damaged ({error!r}): train again into another --out") from error
 
 
-def write_run(folder: Path, info: RunInfo, weights: bytes, epochs: Sequence[EpochRecord], picture: bytes) -> None:
-    """Writes a finished run, each file whole or not at all, `run.json` last.
+def write_run(
+    folder: Path,
+    info: RunInfo,
+    *,
+    weights: bytes,
+    epochs: Sequence[EpochRecord],
+    picture: bytes | None,
+) -> None:
+    """Writes a finished run, each file whole or not at all, `run.json` last; its predictions are written before.
 
     Raises:
         MachineError: The disk is full, read-only or refuses.
     """
     write_file(folder / ADAPTOR, [weights])
     write_file(folder / EPOCHS, [epochs_csv(epochs)])
-    write_file(folder / CURVES, [picture])
+    if picture is not None:
+        write_file(folder / CURVES, [picture])
+    write_info(folder, info)
+
+
+def write_info(folder: Path, info: RunInfo) -> None:
+    """Writes `run.json`."""
     write_file(folder / RUN, [readable_json(info.to_dict())])
 
 
 def epochs_csv(epochs: Sequence[EpochRecord]) -> bytes:
     """Returns the table of epochs as CSV, floats in the shortest text that reads back as the same number."""
     names = [field.name for field in dataclasses.fields(EpochRecord)]
-    lines = [",".join(repr(getattr(record, name)) for name in names) for record in epochs]
+    values = ([getattr(record, name) for name in names] for record in epochs)
+    lines = [",".join("" if value is None else repr(value) for value in line) for line in values]
     return "\n".join([",".join(names), *lines, ""]).encode()
+
+
+def read_epochs(folder: Path) -> tuple[EpochRecord, ...]:
+    """Returns the epochs of a finished run.
+
+    Raises:
+        RunError: `epochs.csv` is missing or damaged.
+    """
+    path = folder / EPOCHS
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+        parsed = ({name: float(text) if text else None for name, text in line.items()} for line in lines)
+        return tuple(EpochRecord(**{**line, "epoch": int(line["epoch"] or 0)}) for line in parsed)  # type: ignore[arg-type]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}): train again into another --out") from error

@@ -5,20 +5,32 @@ resumable: killed at any moment and started again, on the CPU it ends in the sam
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 
 from coldtap.adaptors.checkpoint import remove_checkpoint
 from coldtap.adaptors.devices import choose_device
-from coldtap.adaptors.epoch_order import SHUFFLES
-from coldtap.adaptors.networks.kinds import adaptor_kind
-from coldtap.adaptors.networks.options import parse_options, require_at_least, require_positive, require_probability
-from coldtap.adaptors.run import Progress, Run, RunResult
-from coldtap.adaptors.run_folder import RunSettings, read_run, require_equal
+from coldtap.adaptors.passes import train_planned
+from coldtap.adaptors.planned import TrainingOptions, plan_trial
+from coldtap.adaptors.run_folder import Fit, Keep, RunInfo
+from coldtap.adaptors.shared_pass import Progress
 from coldtap.stores import Store, open_store
 from coldtap.stores.durable import machine_errors
-from coldtap.stores.errors import InterruptedRunError, OptionError, RunError
+from coldtap.stores.errors import RunError
 from coldtap.stores.recipe_file import RECIPE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """A finished run: its folder, what `run.json` says, and what this call had to do.
+
+    `resumed_after` is the number of epochs that an earlier, interrupted call had done.
+    """
+
+    path: Path
+    info: RunInfo
+    resumed_after: int
+    was_finished: bool
 
 
 def train_adaptor(
@@ -31,8 +43,14 @@ def train_adaptor(
     batch_size: int = 32,
     weight_decay: float = 0.05,
     warmup: float = 0.1,
+    label_smoothing: float = 0.0,
+    patience: int | None = None,
     settings: Mapping[str, object] | None = None,
     seed: int = 0,
+    order_seed: int | None = None,
+    target: str = "label",
+    fit: Fit = "train",
+    keep: Keep = "best",
     device: str = "auto",
     resident: bool | None = None,
     shuffle: str = "uniform",
@@ -42,19 +60,25 @@ def train_adaptor(
 ) -> RunResult:
     """Trains an adaptor on a store's train split and leaves a run folder.
 
-    The epoch that is kept has the best val accuracy; among equals the lower val loss wins, then the earlier epoch.
+    The epoch that is kept has the best val score; among equals the lower val loss wins, then the earlier epoch.
 
     Args:
         store: A store or its path.
-        adaptor: `linear`, `mist` or `last`.
+        adaptor: The name of an adaptor, or `module:NAME`.
         out: The run folder. A finished run of equal settings is returned as it is, an unfinished one goes on.
         epochs: Passes over the train split.
         lr: Peak learning rate; None is the adaptor's own default.
         batch_size: Samples a step.
         weight_decay: Of matrices; biases and norms have none.
         warmup: Share of all steps in which the learning rate rises.
+        label_smoothing: Share of each target that is spread evenly over the classes.
+        patience: Epochs without a better val score after which the run ends; None trains all of them.
         settings: The adaptor's own options, such as `{"rank": 4}` or `{"rank": "4"}`.
-        seed: Decides the start, the order of samples, the views drawn and dropout.
+        seed: Decides the start and dropout.
+        order_seed: Decides the order of samples and the views drawn; None is the seed.
+        target: Name of the targets.
+        fit: The splits that are learnt from: `train`, or `train+val`.
+        keep: The epoch that is kept: `best`, by val, or `last`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         resident: Whether to keep features in memory; None decides by their size.
         shuffle: `uniform`, or `block`, which reads rows near each other, for a store far larger than memory.
@@ -65,59 +89,57 @@ def train_adaptor(
     Raises:
         OptionError: An option has a value that cannot be used.
         StoreError: The store is incomplete, damaged, or lacks what the adaptor needs.
-        SourceError: The store has no train or val split, or a single class.
+        SourceError: The store has no train or val split, or nothing to learn from.
         RunError: `out` holds a run of other settings or damaged files, or the loss is no longer finite.
         MachineError: No such device, or the folder cannot be written.
         InterruptedRunError: Ctrl-C; what was done is kept.
     """
     store = store if isinstance(store, Store) else open_store(store)
-    kind = adaptor_kind(adaptor)
-    peak = kind.lr if lr is None else lr
-    if shuffle not in SHUFFLES:
-        raise OptionError(f"shuffle={shuffle}: it must be one of {', '.join(SHUFFLES)}")
-    _check_arguments(epochs=epochs, lr=peak, batch_size=batch_size, weight_decay=weight_decay, warmup=warmup, seed=seed)
-    features, options = kind.plan(store, parse_options(kind.options, settings or {}, adaptor=adaptor))
-    run_settings = RunSettings(
-        adaptor=adaptor,
-        options=asdict(options),
+    out = Path(out)
+    training = TrainingOptions(
         epochs=epochs,
-        lr=peak,
+        lr=lr,
         batch_size=batch_size,
         weight_decay=weight_decay,
         warmup=warmup,
+        label_smoothing=label_smoothing,
+        patience=patience,
         seed=seed,
-        store_digest=store.digest,
-        extractor_digest=store.recipe.extractor_digest,
+        order_seed=order_seed,
         shuffle=shuffle,
+        target=target,
+        fit=fit,
+        keep=keep,
     )
-    out = Path(out)
-    _make_folder(out)
-    if (info := read_run(out)) is not None:
-        require_equal(info.settings, run_settings, out)
+    plan = plan_trial(store, adaptor, training, settings or {}, name=out.name, folder=out)
+    make_folder(out)
+    outcome = train_planned(
+        store,
+        [plan],
+        out=out,
+        device=choose_device(device),
+        resident=resident,
+        test=True,
+        progress=progress,
+        note=note,
+        checkpoint_every_s=checkpoint_every_s,
+    )[0]
+    if outcome.info is None:
+        raise RunError(f"{outcome.failure}, into another --out")
+    if outcome.was_finished:
         remove_checkpoint(out)
-        return RunResult(path=out, info=info, resumed_after=0, was_finished=True)
-    chosen = choose_device(device)
-    try:
-        run = Run(store, kind, features, options, run_settings, out, device=chosen, resident=resident)
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(f"interrupted while {store.path} was read: run the same command again") from error
-    if note is not None:
-        note(f"features {run.train.residency.reason}")
-        if run.train.mixing is not None:
-            note(str(run.train.mixing))
-    return run.finish(progress, checkpoint_every_s=checkpoint_every_s)
+    return RunResult(
+        path=out, info=outcome.info, resumed_after=outcome.resumed_after, was_finished=outcome.was_finished
+    )
 
 
-def _check_arguments(*, epochs: int, lr: float, batch_size: int, weight_decay: float, warmup: float, seed: int) -> None:
-    require_at_least(1, epochs=epochs, batch_size=batch_size)
-    require_at_least(0, seed=seed)
-    require_positive(lr=lr)
-    require_probability(warmup=warmup)
-    if not 0 <= weight_decay < float("inf"):
-        raise OptionError(f"weight_decay={weight_decay}: it must be 0 or more, and finite")
+def make_folder(out: Path) -> None:
+    """Makes the folder of a run, or of trials.
 
-
-def _make_folder(out: Path) -> None:
+    Raises:
+        RunError: It is a store, or a file.
+        MachineError: It cannot be made.
+    """
     if (out / RECIPE).exists():
         raise RunError(f"--out {out} is a store: choose a folder of its own for the run")
     try:

@@ -93,7 +93,7 @@ def _cells(info: RunInfo, store: Store, backbone_epoch_s: float) -> list[str]:
     epochs = info.settings.epochs
     return [
         info.settings.adaptor,
-        f"{100 * info.metrics['test'].top1:.1f} %",
+        f"{100 * info.metrics['test'].score:.1f} %",
         f"{info.parameters:,}",
         show_bytes(bytes_read(store.arrays[info.features.array], info.features.taps)),
         show_bytes(info.peak_memory_bytes),

@@ -50,6 +50,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
     for split, of in about["splits"].items():
         augmented = f" + {of['augmented_rows']} augmented rows" if of["augmented_rows"] else ""
         lines.append(f"{split:<6} {of['samples']:>8} samples{augmented}{_labels(of.get('labels'))}")
+    lines += [line for name, of in about["targets"].items() for line in _target_lines(name, of)]
     if about["n_rejected"]:
         lines.append(f"rejected {about['n_rejected']:>6} rows, such as:")
         lines += [f"    {bad['source']}: {bad['reason']}" for bad in about["rejected"][:5]]
@@ -82,6 +83,14 @@ def _labels(labels: dict[str, int] | None) -> str:
     counts = list(labels.items())
     shown = ", ".join(f"{name} {n}" for name, n in counts[:10])
     return f"   {len(counts)} classes: {shown}{' …' if len(counts) > 10 else ''}"
+
+
+def _target_lines(name: str, of: dict[str, Any]) -> list[str]:
+    """Kind and counts of some targets; those of `label` stand in the lines of the splits."""
+    grid = f" on {of['grid'][0]} × {of['grid'][1]} tokens, which are counted" if of["grid"] else ""
+    counts = {} if name == "label" else of["counts"]
+    head = f"targets    {name}: {of['kind']}, {of['n_classes']} classes{grid}"
+    return [head, *(f"    {split:<6}{_labels(labels)}" for split, labels in counts.items())]
 
 
 def _array_lines(array: dict[str, Any]) -> list[str]:

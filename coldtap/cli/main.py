@@ -12,10 +12,13 @@ from collections.abc import Callable
 
 import typer
 
+from coldtap.cli.benchmark import benchmark
 from coldtap.cli.cache import cache_features
 from coldtap.cli.convert import convert
+from coldtap.cli.export import export
 from coldtap.cli.inspect import inspect
 from coldtap.cli.predict import predict
+from coldtap.cli.report import report
 from coldtap.cli.signals import STOPPED
 from coldtap.cli.train import train_adaptor
 from coldtap.cli.verify import verify
@@ -64,8 +67,11 @@ def _app(help_text: str | None = None) -> typer.Typer:
 app = _app(HELP)
 app.command("cache-features")(guarded(cache_features))
 app.command("train-adaptor")(guarded(train_adaptor))
+app.command("benchmark")(guarded(benchmark))
 app.command("predict")(guarded(predict))
 app.command("convert")(guarded(convert))
+app.command("export")(guarded(export))
+app.command("report")(guarded(report))
 app.command("inspect")(guarded(inspect))
 app.command("verify")(guarded(verify))
 

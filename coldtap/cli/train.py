@@ -1,29 +1,57 @@
 """`train-adaptor STORE --adaptor NAME --out DIR`."""
 
 import json
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coldtap.cli.epoch_lines import EpochLines
 from coldtap.cli.signals import sigterm_interrupts
+
+if TYPE_CHECKING:
+    from coldtap.adaptors import ProtocolResult, RunResult, Trials
 
 
 def train_adaptor(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
-    adaptor: Annotated[str, typer.Option(help="linear, mist or last.")],
-    out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with.")],
+    adaptor: Annotated[
+        str,
+        typer.Option(help="linear, attentive, head2toe, mist, ladder, combo or last; or module:NAME of your own."),
+    ],
+    out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with; of trials, their folder.")],
     epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the adaptor's own.")] = None,
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
     weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
+    label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.0,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs without a better val score. Default: never.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="An option of the adaptor, such as rank=4; repeat it. `--set help` lists them."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the start, the order of samples, views and dropout.")] = 0,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            help="Values to try, such as lr=1e-3,3e-3 or rank=4,8; repeat it for every combination. All trials share "
+            "each batch; the best setting on val is tested.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Train with so many seeds, from --seed on; they share each batch.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the start and dropout; of the order too, unless --order-seed.")] = 0,
+    order_seed: Annotated[int | None, typer.Option(help="Of the order of samples and views. Default: --seed.")] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="val: fit on train, choose on val, test. vtab: then fit the chosen setting anew on train and val with "
+            "every seed, and test once."
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option(help="Name of the targets.")] = "label",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shuffle: Annotated[
         str, typer.Option(help="uniform, or block: near reads, for a store far larger than memory.")
@@ -38,51 +66,145 @@ def train_adaptor(
 
     The best epoch is chosen on val; test is read once, at the end. The same command goes on after any interruption.
     """
+    from coldtap.adaptors import TrainingOptions
     from coldtap.adaptors import train_adaptor as train
 
     if settings == ["help"]:
         print(_options_of(adaptor))
         return
-    with sigterm_interrupts(), _EpochLines() as lines:
-        result = train(
-            store,
-            adaptor,
-            out=out,
-            epochs=epochs,
-            lr=lr,
-            batch_size=batch_size,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            settings=_parse(settings or []),
-            seed=seed,
-            device=device,
-            resident=resident,
-            shuffle=shuffle,
-            progress=lines,
-            note=lines.note,
-        )
+    training = TrainingOptions(
+        epochs=epochs,
+        lr=lr,
+        batch_size=batch_size,
+        weight_decay=weight_decay,
+        warmup=warmup,
+        label_smoothing=label_smoothing,
+        patience=patience,
+        seed=seed,
+        order_seed=order_seed,
+        shuffle=shuffle,
+        target=target,
+    )
+    options = parse_pairs(settings or [], flag="--set", example="rank=4")
+    with sigterm_interrupts(), EpochLines() as lines:
+        common: dict[str, Any] = {
+            "out": out,
+            "device": device,
+            "resident": resident,
+            "progress": lines,
+            "note": lines.note,
+        }
+        if protocol is None and not grid and seeds == 1:
+            one = train(store, adaptor, settings=options, **vars(training), **common)
+            _print_run(one, adaptor, as_json)
+            return
+        common |= {"seeds": seeds, "training": training, "settings": options}
+        _train_trials(store, adaptor, parse_grid(grid or []), protocol, common, as_json)
+
+
+def _train_trials(
+    store: Path,
+    adaptor: str,
+    grid: dict[str, list[str]],
+    protocol: str | None,
+    common: dict[str, Any],
+    as_json: bool,
+) -> None:
+    from coldtap.adaptors import expand_grid, run_protocol, train_trials
+
+    trials = expand_grid(grid)
+    if protocol is None:
+        _print_trials(train_trials(store, adaptor, trials, **common), adaptor, as_json)
+    else:
+        result = run_protocol(store, adaptor, trials, protocol=protocol, **common)
+        _print_protocol(result, adaptor, protocol, common["out"], as_json)
+
+
+def _print_run(result: "RunResult", adaptor: str, as_json: bool) -> None:
     info = result.info
     if as_json:
         print(json.dumps({"run": str(result.path), "finished_before": result.was_finished, **info.to_dict()}, indent=1))
         return
     if result.was_finished:
         print(f"{result.path} is finished already; nothing to do")
-    scores = ", ".join(f"{split} {metrics.top1:.4f}" for split, metrics in info.metrics.items())
+    scores = ", ".join(f"{split} {metrics.score:.4f}" for split, metrics in info.metrics.items())
     print(
-        f"{result.path}: {adaptor}, {info.parameters} parameters, epoch {info.best_epoch} of {epochs}: top-1 {scores}"
+        f"{result.path}: {adaptor}, {info.parameters} parameters, epoch {info.best_epoch} of {info.settings.epochs}: "
+        f"{info.metric} {scores}"
     )
 
 
-def _parse(settings: list[str]) -> dict[str, str]:
+def _print_trials(trials: "Trials", adaptor: str, as_json: bool) -> None:
+    chosen = {result.path.name for result in trials.chosen}
+    if as_json:
+        print(json.dumps(_trials_json(trials, chosen), indent=1))
+        return
+    from coldtap.adaptors import trials_table
+
+    print(trials_table(trials))
+    print(
+        f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {_named(trials.chosen[0].setting)}"
+    )
+
+
+def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "trial": result.path.name,
+            "chosen": result.path.name in chosen,
+            "failure": result.failure,
+            "run": None if result.info is None else result.info.to_dict(),
+        }
+        for result in trials.results
+    ]
+
+
+def _named(setting: Any) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.varied.items()) or "the one setting"
+
+
+def _print_protocol(result: "ProtocolResult", adaptor: str, protocol: str, out: Path, as_json: bool) -> None:
+    from coldtap.adaptors import mean_and_deviation
+
+    if as_json:
+        fields = {name: getattr(result, name) for name in result.__slots__}
+        print(json.dumps({**fields, "runs": [str(run) for run in result.runs]}, indent=1))
+        return
+    mean, deviation = mean_and_deviation(result.test)
+    chosen = ", ".join(f"{name}={value}" for name, value in result.setting.items()) or "the one setting"
+    print(
+        f"{out}: {adaptor} by protocol {protocol}: test {result.metric} {mean:.4f} ± {deviation:.4f} over "
+        f"{len(result.test)} seeds; chosen on val ({mean_and_deviation(result.val)[0]:.4f}): {chosen}"
+    )
+
+
+def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
+    """Parses NAME=VALUE options of the command line.
+
+    Raises:
+        OptionError: One is not such a pair.
+    """
     from coldtap.stores.errors import OptionError
 
-    parsed = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key:
-            raise OptionError(f"--set {setting}: expected NAME=VALUE, such as rank=4")
-        parsed[key] = value
+    parsed: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise OptionError(f"{flag} {pair}: expected NAME=VALUE, such as {example}")
+        if name in parsed and flag == "--grid":
+            raise OptionError(f"{flag} {pair}: {name} is given twice: put all its values into one, with commas")
+        parsed[name] = value
     return parsed
+
+
+def parse_grid(pairs: list[str]) -> dict[str, list[str]]:
+    """Parses NAME=VALUE,VALUE options of the command line.
+
+    Raises:
+        OptionError: One is not of that form.
+    """
+    parsed = parse_pairs(pairs, flag="--grid", example="lr=1e-3,3e-3")
+    return {name: [value.strip() for value in values.split(",") if value.strip()] for name, values in parsed.items()}
 
 
 def _options_of(adaptor: str) -> str:
@@ -90,39 +212,3 @@ def _options_of(adaptor: str) -> str:
     from coldtap.adaptors.networks.kinds import adaptor_kind
 
     return "\n".join(f"{name}={value}" for name, value in option_defaults(adaptor_kind(adaptor).options).items())
-
-
-class _EpochLines:
-    """A bar on a terminal, a line every tenth of the epochs elsewhere; on stderr."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._bar = Progress(console=Console(stderr=True)) if sys.stderr.isatty() else None
-        self._task: Any = None
-
-    def __enter__(self) -> "_EpochLines":
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-
-    def note(self, text: str) -> None:
-        if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
-        else:
-            self._bar.console.print(text, markup=False, highlight=False)
-
-    def __call__(self, record: Any, *, epochs: int, best_epoch: int) -> None:
-        text = f"epoch {record.epoch}/{epochs}  val {record.val_top1:.4f}  best at {best_epoch}"
-        if self._bar is None:
-            if record.epoch % max(epochs // 10, 1) == 0 or record.epoch == epochs:
-                print(f"{text}  {record.seconds:.2f} s", file=sys.stderr, flush=True)
-            return
-        if self._task is None:
-            self._task = self._bar.add_task(text, total=epochs)
-        self._bar.update(self._task, description=text, completed=record.epoch)

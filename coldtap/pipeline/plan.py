@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from coldtap.pipeline.backbone import Backbone
 from coldtap.pipeline.preprocess import Augmentation
@@ -11,9 +12,10 @@ from coldtap.stores.arrays import ArraySpec, Layout, Tier, plan_arrays
 from coldtap.stores.codes import ErrorBound
 from coldtap.stores.encoding import Encoding
 from coldtap.stores.errors import OptionError
-from coldtap.stores.index import targets_bytes
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.rows import SPLITS, RowPlan
+from coldtap.stores.target_kinds import TargetKind
+from coldtap.stores.targets import targets_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +34,21 @@ class JobPlan:
     def targets(self) -> dict[str, bytes]:
         """The targets' tables by name, as Parquet bytes; none for a source without labels."""
         listing = self.source.listing
-        if listing.targets is None:
+        values: Sequence[Any] | None = listing.targets if listing.label_sets is None else listing.label_sets
+        if values is None:
             return {}
+        kind: TargetKind = "class" if listing.label_sets is None else "labels"
         samples = [sample for order in self.rows.order.values() for sample in order]
-        ids = [listing.ids[sample] for sample in samples]
-        targets = [listing.targets[sample] for sample in samples]
-        return {"label": targets_bytes(ids, targets, listing.class_names, order=self.recipe.rows["order"])}
+        ids, targets = [listing.ids[sample] for sample in samples], [values[sample] for sample in samples]
+        n_classes = None
+        if kind == "labels" and not listing.class_names:
+            # Counted over the whole source: a split that is left out may have the highest.
+            n_classes = 1 + max(label for labels in values for label in labels)
+        return {
+            "label": targets_bytes(
+                ids, targets, listing.class_names, kind=kind, n_classes=n_classes, order=self.recipe.rows["order"]
+            )
+        }
 
 
 def plan_job(

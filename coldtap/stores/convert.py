@@ -23,7 +23,6 @@ from coldtap.stores.durable import machine_errors
 from coldtap.stores.encoding import Encoding
 from coldtap.stores.errors import CorruptStoreError, InterruptedRunError, OptionError, StoreError, StoreLockedError
 from coldtap.stores.forecast import Forecast, forecast, require_space
-from coldtap.stores.index import TARGETS
 from coldtap.stores.lock import StoreLock
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.recipe_file import read_recipe, require_same_recipe
@@ -32,6 +31,7 @@ from coldtap.stores.rows import RowPlan
 from coldtap.stores.stopping import StopRequest, stop_on_signals
 from coldtap.stores.store import Store, open_store
 from coldtap.stores.stored_numbers import stored_numbers
+from coldtap.stores.targets import TARGETS
 from coldtap.stores.threads import few_at_once, usable_cores
 from coldtap.stores.writer import StoreWriter, is_complete
 

@@ -1,6 +1,5 @@
 """What `inspect` shows of a store, complete or not."""
 
-from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, read_table
 from coldtap.stores.journal import JOURNAL, read_line
 from coldtap.stores.manifest import FEATURES, files_of
 from coldtap.stores.recipe_file import read_recipe
-from coldtap.stores.store import Store
+from coldtap.stores.store import Rows, Store
 from coldtap.stores.writer import is_complete
 
 
@@ -51,6 +50,7 @@ def _contents(store: Store, files: set[str]) -> dict[str, Any]:
         "n_rejected": rejected.num_rows,
         "rejected": rejected.slice(0, 20).to_pylist(),
         "splits": {split: _split(store, split) for split in store.splits},
+        "targets": {name: _targets(store, name) for name in store.target_names},
         "norm": store.norm.kind if store.norm else None,
         "arrays": [_array(store, name, files) for name in store.arrays],
     }
@@ -61,10 +61,31 @@ def _split(store: Store, split: str) -> dict[str, Any]:
     views = sum(len(store.rows(split, view)) for view in range(1, store.views + 1))
     about: dict[str, Any] = {"samples": len(rows), "augmented_rows": views}
     if store.has_targets():
-        names = store.class_names()
-        counts = Counter(store.targets(rows).tolist())
-        about["labels"] = {names[label] if names else str(label): n for label, n in sorted(counts.items())}
+        about["labels"] = _label_counts(store, "label", rows)
     return about
+
+
+def _targets(store: Store, name: str) -> dict[str, Any]:
+    """Kind, classes, and how many samples (of token classes, tokens) of each split have which class."""
+    names, grid = store.class_names(name), store.target_grid(name)
+    return {
+        "kind": store.target_kind(name),
+        "n_classes": store.n_classes(name),
+        "class_names": None if names is None else list(names),
+        "grid": None if grid is None else list(grid),
+        "counts": {split: _label_counts(store, name, store.rows(split)) for split in store.splits},
+    }
+
+
+def _label_counts(store: Store, name: str, rows: Rows) -> dict[str, int]:
+    """How many of some rows have each class that occurs; of token classes, how many tokens, ignored ones aside."""
+    names, targets = store.class_names(name), store.targets(rows, name)
+    found = np.nonzero(targets)[1] if targets.dtype == bool else targets[targets >= 0]
+    classes, counts = np.unique(found, return_counts=True)
+    return {
+        names[label] if names and label < len(names) else str(label): n
+        for label, n in zip(classes.tolist(), counts.tolist(), strict=True)
+    }
 
 
 def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:

@@ -1,26 +1,22 @@
-"""The tables beside the features: which sample a row is, what was rejected, and the targets."""
+"""The tables beside the features: which sample a row is, what was rejected; and how a table is written and read."""
 
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import batched
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from coldtap.stores.canonical import parse_json
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import CorruptStoreError
 from coldtap.stores.files import open_regular
 
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.parquet"
-TARGETS = "targets"
 ROWS_A_GROUP = 65_536
 MOST_LINES_A_BYTE = 8  # every line has an id of its own: no compression brings it below a bit
 SAMPLES_SCHEMA = pa.schema(
@@ -45,12 +41,6 @@ REJECTED_SCHEMA = pa.schema(
     ]
 )
 NULLABLE = {"tap"}
-TARGETS_SCHEMA = pa.schema([("sample_id", pa.string()), ("target", pa.int64())])
-
-
-def targets_name(name: str) -> str:
-    """Path of a named target's table under the store."""
-    return f"{TARGETS}/{name}.parquet"
 
 
 def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> None:
@@ -77,98 +67,58 @@ def _drained(sink: BytesIO) -> bytes:
     return data
 
 
-def targets_bytes(
-    ids: Sequence[str], targets: Sequence[int], class_names: Sequence[str] | None, *, order: str | None = None
-) -> bytes:
-    """The Parquet bytes of a targets table.
+def read_schema(path: Path) -> pa.Schema:
+    """A table's columns, with what else its schema says.
+
+    Raises:
+        CorruptStoreError: the file is missing or damaged.
+    """
+    with _opened(path) as file:
+        return file.schema_arrow
+
+
+def read_table(
+    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None, *, most_values: int | None = None
+) -> pa.Table:
+    """A table of the given columns, or some of them; the checksums of their pages are verified.
 
     Args:
-        ids: sample ids.
-        targets: of each.
-        class_names: of all classes, kept in the schema's metadata.
-        order: the recipe's digest of the order of samples, where `ids` are all of them in that order: readers then
-            find a target by its place, which for ten million samples takes no look-up by id.
-    """
-    metadata = {b"class_names": json.dumps(list(class_names)).encode()} if class_names else {}
-    if order is not None:
-        metadata[b"order"] = order.encode()
-    table = pa.Table.from_arrays(
-        [pa.array(ids, pa.string()), pa.array(targets, pa.int64())],
-        schema=TARGETS_SCHEMA.with_metadata(metadata or None),
-    )
-    buffer = BytesIO()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    return buffer.getvalue()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """A targets table.
-
-    Attributes:
-        values: (line,) int64.
-        class_names: by class, where known.
-        order: digest of the order of samples that the lines follow; None for any order.
-    """
-
-    values: np.ndarray[Any, np.dtype[np.int64]]
-    class_names: tuple[str, ...] | None
-    order: str | None
-
-
-def read_targets(path: Path) -> Targets:
-    """A targets table without its ids.
-
-    Raises:
-        CorruptStoreError: the file is not such a table.
-    """
-    table = read_table(path, TARGETS_SCHEMA, ["target"])
-    metadata = table.schema.metadata or {}
-    names, order = metadata.get(b"class_names"), metadata.get(b"order")
-    return Targets(
-        values=table["target"].to_numpy(),
-        class_names=_class_names(path, names) if names else None,
-        order=None if order is None else order.decode(errors="replace"),
-    )
-
-
-def _class_names(path: Path, data: bytes) -> tuple[str, ...]:
-    try:
-        names = parse_json(data)
-    except ValueError as error:
-        raise CorruptStoreError(f"{path}: its class names are not JSON ({error})") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorruptStoreError(f"{path}: its class names are not a list of names")
-    return tuple(names)
-
-
-def same_targets(path: Path, data: bytes) -> bool:
-    """Whether a stored table says what `data` says; its bytes may differ, as those of two pyarrow versions do.
-
-    Raises:
-        CorruptStoreError: the stored file is not such a table.
-    """
-    return bool(read_table(path, TARGETS_SCHEMA).equals(pq.read_table(BytesIO(data)), check_metadata=True))
-
-
-def read_table(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:
-    """A table of the given columns, or some of them; the checksums of their pages are verified.
+        path: its file.
+        schema: the columns that it must have; what else the schema says is not compared.
+        columns: names of those to read; None reads all.
+        most_values: of a column of lists, the most values that all its lines together may have.
 
     Raises:
         CorruptStoreError: the file is missing, damaged or has other columns.
     """
-    try:
-        os.close(open_regular(path))  # pyarrow would wait for the writer of a pipe
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            found = file.schema_arrow
-            if not found.equals(schema, check_metadata=False):
-                raise CorruptStoreError(f"{path} has columns {found.names}; expected {schema.names} of their types")
-            if file.metadata.num_rows > MOST_LINES_A_BYTE * path.stat().st_size:
-                raise CorruptStoreError(f"{path} claims {file.metadata.num_rows} lines, more than its bytes can hold")
-            table = file.read(columns=columns)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+    with _opened(path) as file:
+        found = file.schema_arrow
+        if not found.equals(schema, check_metadata=False):
+            raise CorruptStoreError(f"{path} has columns {found.names}; expected {schema.names} of their types")
+        if file.metadata.num_rows > MOST_LINES_A_BYTE * path.stat().st_size:
+            raise CorruptStoreError(f"{path} claims {file.metadata.num_rows} lines, more than its bytes can hold")
+        if most_values is not None and _most_values(file.metadata) > max(most_values, file.metadata.num_rows):
+            raise CorruptStoreError(
+                f"{path} claims {_most_values(file.metadata)} values; expected {most_values} at most"
+            )
+        table = file.read(columns=columns)
     for name in {*table.column_names} - NULLABLE:
         if table[name].null_count:
             raise CorruptStoreError(f"{path}: a line has no {name}")
     return table
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    try:
+        os.close(open_regular(path))  # pyarrow would wait for the writer of a pipe
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            yield file
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CorruptStoreError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+
+
+def _most_values(metadata: pq.FileMetaData) -> int:
+    """Values of the longest column; an empty list counts as one."""
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    return max((sum(group.column(i).num_values for group in groups) for i in range(metadata.num_columns)), default=0)

@@ -21,11 +21,7 @@ from coldtap.stores.index import (
     REJECTED_SCHEMA,
     SAMPLES,
     SAMPLES_SCHEMA,
-    TARGETS_SCHEMA,
-    Targets,
     read_table,
-    read_targets,
-    targets_name,
 )
 from coldtap.stores.manifest import FEATURES, file_entry, read_manifest
 from coldtap.stores.norm import FinalNorm
@@ -35,6 +31,8 @@ from coldtap.stores.recipe_file import RECIPE, read_recipe
 from coldtap.stores.rows import SPLITS, Segment, segments_of
 from coldtap.stores.shard_files import ShardFiles
 from coldtap.stores.stored_numbers import read_metadata, read_numbers
+from coldtap.stores.target_kinds import TargetKind
+from coldtap.stores.targets import TARGETS, Targets, read_target_ids, read_targets, targets_name
 from coldtap.stores.threads import Threads
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -265,18 +263,41 @@ class Store:
             )
         return listed
 
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """Names of the store's targets, sorted."""
+        files = [file for file in self.manifest.entries() if file.startswith(f"{TARGETS}/")]
+        return tuple(file.removeprefix(f"{TARGETS}/").removesuffix(".parquet") for file in files)
+
+    def target_kind(self, name: str = "label") -> TargetKind:
+        """Of which kind the targets of this name are: `class`, `labels` or `token-class`."""
+        return self._target_table(name).kind
+
+    def target_grid(self, name: str = "label") -> tuple[int, int] | None:
+        """The grid (h, w) of the targets of this name; None where they are not a target a token."""
+        return self._target_table(name).grid
+
     def _target_table(self, name: str) -> Targets:
         if name not in self._targets:
             if not self.has_targets(name):
-                raise MissingFeaturesError(
-                    f"{self.path} has no targets {name!r}: it was made from images without labels"
-                )
+                raise MissingFeaturesError(f"{self.path} has no targets {name!r}; {self._describe_targets()}")
             self.require_intact(targets_name(name))
-            self._targets[name] = read_targets(self.path / targets_name(name))
+            table = read_targets(self.path / targets_name(name), most_lines=sum(self.recipe.rows["splits"].values()))
+            grids = {tuple(tap["grid"]) for tap in self.recipe.extractor["taps"]}
+            if table.grid is not None and table.grid not in grids:
+                raise CorruptStoreError(
+                    f"{self.path / targets_name(name)}: a grid of {table.grid[0]} × {table.grid[1]}; the taps have "
+                    f"{', '.join(f'{h} × {w}' for h, w in sorted(grids))}"
+                )
+            self._targets[name] = table
         return self._targets[name]
 
-    def targets(self, rows: Sequence[int] | Rows, name: str = "label") -> Rows:
-        """Targets of rows: (row,) int64.
+    def _describe_targets(self) -> str:
+        names = ", ".join(map(repr, self.target_names))
+        return f"it has {names}" if names else "it was made from images without labels"
+
+    def targets(self, rows: Sequence[int] | Rows, name: str = "label") -> np.ndarray[Any, Any]:
+        """Targets of rows: of kind `class` (row,) int64, `labels` (row, class) bool, `token-class` (row, patch) int64.
 
         Raises:
             MissingFeaturesError: the store has no such targets, or not for a row.
@@ -284,26 +305,23 @@ class Store:
         table = self._target_table(name)
         if table.order is not None and table.order == self.recipe.rows.get("order"):
             numbers = self.sample_numbers(rows)
-            if len(numbers) and numbers.max() >= len(table.values):
+            if len(numbers) and numbers.max() >= table.n_lines:
                 raise CorruptStoreError(f"{self.path / targets_name(name)} has fewer lines than the store has samples")
-            return np.asarray(table.values[numbers])
+            return table.of(numbers)
         ids = pa.array(self.sample_ids(rows), pa.string())
-        known = read_table(self.path / targets_name(name), TARGETS_SCHEMA, ["sample_id"])["sample_id"]
-        lines = pc.index_in(ids, known)
+        lines = pc.index_in(ids, read_target_ids(self.path / targets_name(name), table.kind))
         if lines.null_count:
             missing = ids[pc.index(lines.is_null(), True).as_py()].as_py()
             raise MissingFeaturesError(f"{self.path / targets_name(name)} has no target for sample {missing!r}")
-        return np.asarray(table.values[lines.to_numpy()])
+        return table.of(lines.to_numpy().astype(np.int64))
 
     def class_names(self, name: str = "label") -> tuple[str, ...] | None:
         """Names of the classes, by number, where the source gave them."""
         return self._target_table(name).class_names
 
-    @property
-    def n_classes(self) -> int:
-        """Classes of the targets `label`."""
-        table = self._target_table("label")
-        return len(table.class_names) if table.class_names else int(table.values.max(initial=-1)) + 1
+    def n_classes(self, name: str = "label") -> int:
+        """Classes of the targets of this name: as many as have a name, else up to the highest that occurs."""
+        return self._target_table(name).n_classes
 
     @cached_property
     def norm(self) -> FinalNorm | None:

@@ -25,9 +25,6 @@ from coldtap.stores.index import (
     REJECTED_SCHEMA,
     SAMPLES,
     SAMPLES_SCHEMA,
-    TARGETS,
-    same_targets,
-    targets_name,
     write_rows,
 )
 from coldtap.stores.journal import (
@@ -47,6 +44,7 @@ from coldtap.stores.recipe_file import RECIPE
 from coldtap.stores.rows import RowPlan
 from coldtap.stores.shards import SealedShard
 from coldtap.stores.stored_numbers import ROOT, stored_numbers
+from coldtap.stores.targets import TARGETS, same_targets, targets_name
 from coldtap.stores.tiers import Numbers
 
 

@@ -65,7 +65,9 @@ class LowRankAttention(nn.Module):
         qkv = self.norm(x) @ self.down
         if self.down_bias is not None:
             qkv = qkv + self.down_bias
-        z = self._drop(self._attend(qkv))
+        z = self._attend(qkv)
+        if (noise := self.draw_noise(z)) is not None:
+            z = z * noise
         # addmm adds the residual inside the product, which saves a pass over the tokens (docs/methods.md).
         mixed = torch.addmm(x.reshape(-1, x.shape[-1]), z.reshape(-1, self.rank), self.up, alpha=self.scale)
         if self.up_bias is not None:
@@ -92,13 +94,24 @@ class LowRankAttention(nn.Module):
         batch, tokens, _ = part.shape
         return part.view(batch, tokens, self.heads, width).transpose(1, 2).reshape(-1, tokens, width)
 
-    def _drop(self, z: torch.Tensor) -> torch.Tensor:
-        """Dropout on the rank-r output, then drop-path: the whole increment of some samples."""
-        z = F.dropout(z, self.dropout, self.training)
+    def draw_noise(self, z: torch.Tensor) -> torch.Tensor | None:
+        """Draws what dropout and drop-path multiply Z by.
+
+        Args:
+            z: (batch, token, rank), of which only shape and type matter.
+
+        Returns:
+            (batch, token, rank), or (batch, 1, 1) with drop-path alone: it drops whole samples. None if nothing is
+            dropped, in training or ever.
+        """
+        noise = None
+        if self.dropout and self.training:
+            noise = F.dropout(torch.ones_like(z), self.dropout)
         if self.drop_path and self.training:
             keep = 1 - self.drop_path
-            z = z * (z.new_empty(z.shape[0], 1, 1).bernoulli_(keep) / keep)
-        return z
+            kept = z.new_empty(z.shape[0], 1, 1).bernoulli_(keep) / keep
+            noise = kept if noise is None else noise * kept
+        return noise
 
 
 def lsa_parameters(*, channels: int, rank: int, norm: bool = True, bias: bool = False) -> int:

@@ -1,9 +1,10 @@
 """What an adaptor is: what it needs from a store, options and shapes in, logits out.
 
-An adaptor is one file with a dataclass of options, a `plan` (which array and taps it reads, and its options with
-every automatic choice made), a `build` (an `nn.Module` from shapes alone, so that a run folder can be loaded
-without its store), a closed form of its trainable parameters, and an `AdaptorKind` that names them. Its module maps
-features to logits (batch, class), or with `pool=tokens` to (batch, patch, class):
+An adaptor is one file with a dataclass of options (whose `is_random` says whether a step draws random numbers), a
+`plan` (which array and taps it reads, and its options with every automatic choice made), a `build` (an `nn.Module` from
+shapes alone, so that a run folder can be loaded without its store), a closed form of its trainable parameters, and an
+`AdaptorKind` that names them. Its module maps features to logits (batch, class), or with `pool=tokens` to (batch,
+patch, class):
 
     layers  (batch, tap, token, channel)       the taps of `FeatureSpec.taps`, in that order
     sum     (batch, token, channel)

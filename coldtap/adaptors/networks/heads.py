@@ -34,6 +34,13 @@ class FrozenNorm(nn.Module):
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
+def build_norm(norm: HeadNorm, *, channels: int, kind: NormKind = "layer_norm", eps: float = 1e-6) -> nn.Module:
+    """Returns a norm over the channels: the backbone's, of that kind and eps, a new one, or none."""
+    if norm == "backbone":
+        return FrozenNorm(channels, kind=kind, eps=eps)
+    return nn.LayerNorm(channels, eps=1e-6) if norm == "new" else nn.Identity()
+
+
 class ClassifierHead(nn.Module):
     """Pools tokens, normalises before or after pooling, and classifies.
 
@@ -57,11 +64,7 @@ class ClassifierHead(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens, self.prefix_tokens, self.pool, self.norm_at = tokens, prefix_tokens, pool, norm_at
-        self.norm: nn.Module = nn.Identity()
-        if norm == "backbone":
-            self.norm = FrozenNorm(channels, kind=backbone_norm, eps=backbone_norm_eps)
-        elif norm == "new":
-            self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.norm = build_norm(norm, channels=channels, kind=backbone_norm, eps=backbone_norm_eps)
         self.classifier = nn.Linear(channels * (2 if pool == "both" else 1), n_classes)
         nn.init.trunc_normal_(self.classifier.weight, std=0.02)  # timm's start of a new classifier
         nn.init.zeros_(self.classifier.bias)

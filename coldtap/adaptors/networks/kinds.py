@@ -3,13 +3,20 @@
 import importlib
 from typing import Any
 
+from coldtap.adaptors.networks.attentive import ATTENTIVE
+from coldtap.adaptors.networks.combo import COMBO
 from coldtap.adaptors.networks.contract import AdaptorKind
+from coldtap.adaptors.networks.head2toe import HEAD2TOE
+from coldtap.adaptors.networks.ladder import LADDER
 from coldtap.adaptors.networks.last import LAST
 from coldtap.adaptors.networks.linear import LINEAR
 from coldtap.adaptors.networks.mist import MIST
 from coldtap.stores.errors import OptionError
 
-ADAPTORS: dict[str, AdaptorKind[Any]] = {kind.name: kind for kind in (LINEAR, MIST, LAST)}
+# Probes first, then the networks that mix tokens.
+ADAPTORS: dict[str, AdaptorKind[Any]] = {
+    kind.name: kind for kind in (LINEAR, ATTENTIVE, HEAD2TOE, MIST, LADDER, COMBO, LAST)
+}
 
 
 def adaptor_kind(name: str) -> AdaptorKind[Any]:

@@ -7,19 +7,16 @@ from typing import Literal
 import torch
 from torch import nn
 
+from coldtap.adaptors.networks.choose_taps import find_every
 from coldtap.adaptors.networks.contract import (
     AdaptorKind,
     FeatureSpec,
-    arrays_of,
-    describe_gathers,
-    refuse_stage_network,
-    spec_of,
 )
 from coldtap.adaptors.networks.heads import ClassifierHead
+from coldtap.adaptors.networks.lsa_groups import can_run_groups, run_groups
 from coldtap.adaptors.networks.options import require_at_least
 from coldtap.adaptors.networks.parts import LsaOptions, build_head, count_head, count_stack, lsa_stack, settle_head
 from coldtap.stores import Store
-from coldtap.stores.errors import MissingFeaturesError, OptionError
 
 type Recursion = Literal["A", "B"]
 
@@ -67,6 +64,9 @@ class Last(nn.Module):
 
     def represent(self, features: torch.Tensor) -> torch.Tensor:
         """Runs the recursion over the taps (batch, tap, token, channel); returns (batch, token, channel)."""
+        if can_run_groups(features):
+            lead = 2 if self.recursion == "B" else 1
+            return run_groups(list(self.groups), features, lead=lead, corrected=self.bias_correction)
         u = features[:, 0]
         for i, group in enumerate(self.groups, start=1):
             z = features[:, i]
@@ -90,22 +90,7 @@ def plan_last(store: Store, options: LastOptions) -> tuple[FeatureSpec, LastOpti
         MissingFeaturesError: The store holds no `layers`, or not these taps, or a stage network.
         OptionError: The gap does not divide the backbone's depth, or the head's options do not fit.
     """
-    refuse_stage_network(store, adaptor="LAST")
-    layers = arrays_of(store, "layers")
-    if not layers:
-        raise MissingFeaturesError(
-            f"LAST needs `layers`; {store.path} holds {describe_gathers(store)}: cache again with --gather layers"
-        )
-    depth = store.depth
-    if depth % options.gap:
-        raise OptionError(f"gap={options.gap} does not divide the backbone's depth of {depth} blocks")
-    taps = tuple(range(0, depth + 1, options.gap))
-    if missing := sorted(set(taps) - set(layers[0].taps)):
-        raise MissingFeaturesError(
-            f"LAST with gap={options.gap} needs taps {list(taps)}; {store.path} lacks {missing} in `layers`: "
-            "cache again with --gather layers --taps all"
-        )
-    spec = spec_of(store, layers[0], taps)
+    spec = find_every(store, options.gap, adaptor="LAST")
     # Corrected, the representation is z_N plus increments: what the backbone's own final norm was trained for.
     return spec, settle_head(options, spec, prefer_backbone=options.bias_correction)
 

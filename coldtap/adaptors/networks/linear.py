@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, arrays_of, describe_gathers, spec_of
+from coldtap.adaptors.networks.choose_taps import find_tap
+from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, spec_of
 from coldtap.adaptors.networks.heads import ClassifierHead
 from coldtap.adaptors.networks.parts import HeadOptions, build_head, count_head, settle_head
-from coldtap.stores import Store, StoredArray
+from coldtap.stores import Store
 from coldtap.stores.arrays import Gather
-from coldtap.stores.errors import MissingFeaturesError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,25 +61,11 @@ def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, Line
     # The mean of normalised tokens cannot be had from a stored mean.
     every_token = options.pool == "tokens" or (options.norm_at == "before" and options.norm != "none")
     gathers: tuple[Gather, ...] = ("layers",) if every_token else ("pooled", "layers")
-    array, tap = _find_tap(store, options.tap, gathers)
+    array, tap = find_tap(store, options.tap, gathers, adaptor="linear")
     spec = spec_of(store, array, (tap,))
     # The backbone's final norm was trained for the last tap; an earlier one gets its own.
     options = settle_head(options, spec, prefer_backbone=tap == spec.depth)
     return spec, dataclasses.replace(options, tap=tap)
-
-
-def _find_tap(store: Store, tap: int, gathers: tuple[Gather, ...]) -> tuple[StoredArray, int]:
-    arrays = [array for gather in gathers for array in arrays_of(store, gather)]
-    for array in arrays:
-        wanted = tap if tap >= 0 else store.depth + 1 + tap
-        if wanted in array.taps:
-            return array, wanted
-    held = sorted({tap for array in arrays for tap in array.taps})
-    raise MissingFeaturesError(
-        f"linear needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.path} holds "
-        f"{describe_gathers(store)}{f', there with taps {held}: choose with --set tap=N, or' if held else ':'} "
-        f"cache again with --gather {gathers[0]} --taps all"
-    )
 
 
 def build_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -> LinearProbe:

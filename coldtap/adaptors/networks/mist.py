@@ -15,6 +15,7 @@ from coldtap.adaptors.networks.contract import (
     spec_of,
 )
 from coldtap.adaptors.networks.heads import ClassifierHead
+from coldtap.adaptors.networks.lsa_groups import can_run_groups, run_groups
 from coldtap.adaptors.networks.options import require_at_least
 from coldtap.adaptors.networks.parts import LsaOptions, build_head, count_head, count_stack, lsa_stack, settle_head
 from coldtap.stores import Store
@@ -50,8 +51,16 @@ class Mist(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Classifies the summed taps (batch, token, channel); returns logits (batch, class)."""
-        logits: torch.Tensor = self.head(self.stack(self.entry(features)))
+        logits: torch.Tensor = self.head(self.represent(features))
         return logits
+
+    def represent(self, features: torch.Tensor) -> torch.Tensor:
+        """Runs the modules over the summed taps (batch, token, channel); returns the same shape."""
+        if can_run_groups(features):
+            entry = self.entry if isinstance(self.entry, nn.LayerNorm) else None
+            return run_groups([self.stack], features.unsqueeze(1), lead=1, corrected=False, entry=entry)
+        represented: torch.Tensor = self.stack(self.entry(features))
+        return represented
 
 
 def count_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> int:

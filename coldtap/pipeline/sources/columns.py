@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from coldtap.pipeline.sources.labels import NULL
+from coldtap.pipeline.sources.labels import NULL, LabelSets
 from coldtap.pipeline.sources.wording import a_few
 from coldtap.stores.errors import SourceError
 
@@ -58,29 +58,64 @@ def whole_strings(table: pa.Table, column: str, *, name: str) -> list[str] | Non
     return [str(value) for value in found]
 
 
-def labels_of(table: pa.Table, *, name: str) -> npt.NDArray[np.int64] | None:
-    """Return the label column, NULL where it is null; None where the table has none.
+def labels_of(table: pa.Table, *, name: str) -> npt.NDArray[np.int64] | LabelSets | None:
+    """Return the label column, NULL where it is null, or of a column of lists the set of each; None without one.
+
+    Lists may hold integers, or strings, whose numbers are their places in `class_names_of`.
 
     Raises:
-        SourceError: The column does not hold integers.
+        SourceError: The column holds neither integers nor lists of integers or strings.
     """
     if "label" not in table.column_names:
         return None
     values = table["label"]
+    if _is_list(values.type):
+        return _label_sets(values, name=name)
     if not (pa.types.is_integer(values.type) or pa.types.is_null(values.type)):
         raise SourceError(
-            f"{name}: column label is {values.type}; wanted integers 0 … C-1 (names go to column label_name)"
+            f"{name}: column label is {values.type}; wanted integers 0 … C-1 (names go to column label_name), or lists"
         )
     found: npt.NDArray[np.int64] = values.cast(pa.int64()).fill_null(NULL).to_numpy()
     return found
 
 
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _label_sets(values: pa.ChunkedArray, *, name: str) -> LabelSets:
+    kind = values.type.value_type
+    if not (pa.types.is_integer(kind) or _is_text(kind) or pa.types.is_null(kind)):
+        raise SourceError(f"{name}: column label has lists of {kind}; wanted integers 0 … C-1, or names")
+    rows = values.to_pylist()
+    for row, labels in enumerate(rows):
+        if labels is not None and None in labels:
+            raise SourceError(f"{name}: column label has a list with a null in row {row}")
+    if _is_text(kind):
+        number = {label: place for place, label in enumerate(_names_in_lists(values))}
+        return [None if labels is None else tuple(number[label] for label in labels) for labels in rows]
+    return [None if labels is None else tuple(labels) for labels in rows]
+
+
+def _names_in_lists(values: pa.ChunkedArray) -> list[str]:
+    """Every name that occurs, sorted."""
+    return sorted(pc.unique(pc.list_flatten(values)).drop_null().to_pylist())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
 def class_names_of(table: pa.Table, *, name: str) -> list[str] | None:
-    """Return the name of each label 0 … C-1, or None without label_name or where labels have gaps.
+    """Return the name of each label 0 … C-1, or None without names or where labels have gaps.
 
     Raises:
-        SourceError: A name is null, or a label has two names.
+        SourceError: A name is null, a label has two names, or label_name stands beside lists of labels.
     """
+    if "label" in table.column_names and _is_list(table["label"].type):
+        if "label_name" in table.column_names:
+            raise SourceError(f"{name}: column label_name beside lists of labels: put the names into the lists instead")
+        return _names_in_lists(table["label"]) if _is_text(table["label"].type.value_type) else None
     if not {"label", "label_name"} <= set(table.column_names):
         return None
     pairs = table.select(["label", "label_name"]).filter(pc.field("label") >= 0)

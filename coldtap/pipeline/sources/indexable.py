@@ -1,20 +1,26 @@
-"""Any Python object that gives (image, target) by index: a torchvision data set, a list, a dict of splits."""
+"""Any Python object that gives (image, target) by index: a torchvision data set, a list, a dict of splits.
+
+A target is an integer, or a sequence of integers where an image has any number of labels.
+"""
 
 import operator
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from coldtap.pipeline.decode import RAW_IMAGE_TYPES, BadImageError, RawImage, content_digest
-from coldtap.pipeline.sources.labels import NULL
+from coldtap.pipeline.sources.labels import NULL, LabelSets
 from coldtap.pipeline.sources.listing import Listing, fingerprint_of, make_listing
 from coldtap.pipeline.sources.splits import ACCEPTED, Labels, canonical_split
 from coldtap.stores.errors import SourceError
 
 FINGERPRINT_SAMPLES = 64
+
+type _Target = int | tuple[int, ...]  # NULL where it is missing
 
 
 @runtime_checkable
@@ -39,7 +45,7 @@ class _Probe(NamedTuple):
 
     at: int  # index in the source
     digest: str
-    target: int | None
+    target: _Target | None
 
 
 class IndexableSource:
@@ -102,16 +108,14 @@ class IndexableSource:
     def _image(self, item: Any) -> Any:
         return item[0] if self._labelled else item
 
-    def _target(self, index: int, item: Any) -> int:
-        target = item[1]
-        if target is None:
-            return NULL
-        try:
-            return operator.index(target)
-        except TypeError:
+    def _target(self, index: int, item: Any) -> _Target:
+        found = _as_target(item[1])
+        if found is None:
             raise SourceError(
-                f"{self.name}: the target of {self.where(index)} is a {type(target).__name__}; wanted an integer"
-            ) from None
+                f"{self.name}: the target of {self.where(index)} is a {type(item[1]).__name__}; wanted an integer, "
+                "or a sequence of integers"
+            )
+        return found
 
     def _check_first(self, labels: Labels) -> bool:
         """Look at the first item, and say whether items are pairs of image and target."""
@@ -161,16 +165,30 @@ class IndexableSource:
             return _Probe(index, "unreadable", None)
         return _Probe(index, digest, self._target(index, item) if self._labelled else None)
 
-    def _targets(self, probes: list[_Probe]) -> npt.NDArray[np.int64]:
+    def _targets(self, probes: list[_Probe]) -> npt.NDArray[np.int64] | LabelSets:
         declared = [_declared(part.data) for part in self._parts]
         columns = [column for column in declared if column is not None]
         if len(columns) == len(self._parts):
-            whole: npt.NDArray[np.int64] = np.concatenate(columns)
+            whole = [target for column in columns for target in column]
             if all(probe.target in (None, whole[probe.at]) for probe in probes):
-                return whole
-        return np.array([self._target_of(index) for part in self._parts for index in _indices(part)], np.int64)
+                return self._column(whole)
+        return self._column([self._target_of(index) for part in self._parts for index in _indices(part)])
 
-    def _target_of(self, index: int) -> int:
+    def _column(self, targets: list[_Target]) -> npt.NDArray[np.int64] | LabelSets:
+        """One column of all targets: integers, or sets of labels."""
+        sets: LabelSets = [target if isinstance(target, tuple) else None for target in targets]
+        if all(labels is None for labels in sets):
+            return np.array(targets, np.int64)
+        for index, (target, labels) in enumerate(zip(targets, sets, strict=True)):
+            if labels is None and target != NULL:
+                raise SourceError(
+                    f"{self.name}: the target of {self.where(index)} is an integer, that of "
+                    f"{self.where(next(i for i, other in enumerate(sets) if other is not None))} a sequence; wanted "
+                    "one or the other"
+                )
+        return sets
+
+    def _target_of(self, index: int) -> _Target:
         try:
             item = self._item(index)
         except Exception as error:
@@ -211,8 +229,8 @@ def _indices(part: _Part) -> range:
     return range(part.start, part.start + len(part.data))
 
 
-def _declared(data: Indexable) -> npt.NDArray[np.int64] | None:
-    """Return `.targets` or `.labels` if it is a plain column of integers."""
+def _declared(data: Indexable) -> Sequence[_Target] | None:
+    """Return `.targets` or `.labels` if it is a plain column of integers, or of sequences of integers."""
     for attribute in ("targets", "labels"):
         found = getattr(data, attribute, None)
         if found is None:
@@ -220,7 +238,26 @@ def _declared(data: Indexable) -> npt.NDArray[np.int64] | None:
         try:
             column = np.asarray(found)
         except (TypeError, ValueError):
-            return None
+            column = np.asarray(None)  # sequences of several lengths
         if column.shape == (len(data),) and np.issubdtype(column.dtype, np.integer):
-            return column.astype(np.int64)
+            integers: list[int] = column.tolist()
+            return integers
+        if isinstance(found, (list, tuple)) and len(found) == len(data):
+            targets = [_as_target(value) for value in found]
+            return None if None in targets else [target for target in targets if target is not None]
     return None
+
+
+def _as_target(value: Any) -> _Target | None:
+    """An integer or a sequence of them as it is kept, NULL for None; None where it is neither."""
+    if value is None:
+        return NULL
+    if getattr(value, "ndim", 0) == 0:  # a tensor of one number would pass for that number
+        with suppress(TypeError):
+            return operator.index(value)
+    if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
+        return None
+    try:
+        return tuple(operator.index(label) for label in value)
+    except TypeError:
+        return None

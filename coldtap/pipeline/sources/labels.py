@@ -1,4 +1,4 @@
-"""Whether labels can be trained on: integers 0 … C-1, none missing, at least two classes."""
+"""Whether labels can be trained on: integers 0 … C-1, none missing, at least two classes; or a set of them each."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,6 +8,9 @@ import numpy.typing as npt
 from coldtap.pipeline.sources.splits import Labels
 from coldtap.pipeline.sources.wording import a_few, a_few_of, images
 from coldtap.stores.errors import SourceError
+
+type LabelSets = list[tuple[int, ...] | None]
+"""The classes of each sample, any number of them; None where they are missing."""
 
 NULL = int(np.iinfo(np.int64).min)
 """Stands for a missing label in arrays of labels."""
@@ -74,6 +77,53 @@ def _check_range(
         raise SourceError(f"{name}: a single class, {_called(0, class_names)}; an adaptor needs at least two")
 
 
+def check_label_sets(
+    sets: LabelSets,
+    class_names: Sequence[str] | None,
+    *,
+    name: str,
+    place: Callable[[int], str],
+    labels: Labels,
+) -> tuple[list[tuple[int, ...]] | None, str | None]:
+    """Check sets of labels over a whole source; each comes back in ascending order.
+
+    An image may have none of the labels. Where labels are optional, sets of which some are null are left out.
+
+    Returns:
+        The sets, or None where they are left out, and a sentence where they were.
+
+    Raises:
+        SourceError: A set is null, a label stands twice, is negative, or beyond the class names; without names, labels
+            have gaps; no image has a label.
+    """
+    nulls = [index for index, found in enumerate(sets) if found is None]
+    if nulls:
+        what = f"{len(nulls)} of {len(sets)} lists of labels are null, first at {place(nulls[0])}"
+        if labels == "optional":
+            return None, f"labels are left out: {what}"
+        raise SourceError(f"{name}: {what}; an image without labels has an empty list")
+    found = [tuple(sorted(labels_of)) for labels_of in sets if labels_of is not None]
+    present = sorted({label for labels_of in found for label in labels_of})
+    n_classes = len(class_names) if class_names is not None else (present[-1] + 1 if present else 0)
+    for index, labels_of in enumerate(found):
+        if len(set(labels_of)) < len(labels_of):
+            raise SourceError(
+                f"{name}: a label stands twice at {place(index)}: {list(labels_of)}; wanted the numbers of its classes"
+            )
+        if labels_of and (labels_of[0] < 0 or labels_of[-1] >= n_classes):
+            wrong = labels_of[0] if labels_of[0] < 0 else labels_of[-1]
+            raise SourceError(f"{name}: label {wrong} at {place(index)}; the classes are 0 to {n_classes - 1}")
+    if labels == "required" and not present:
+        raise SourceError(f"{name}: no image has a label; an adaptor needs at least one")
+    if labels == "required" and class_names is None and len(present) < n_classes:
+        absent = np.setdiff1d(np.arange(min(n_classes, len(present) + 5)), present)
+        raise SourceError(
+            f"{name}: labels have gaps: of the classes 0 … {n_classes - 1} no image has "
+            f"{a_few_of(absent, n_classes - len(present))}; renumber them 0 … {len(present) - 1}"
+        )
+    return found, None
+
+
 def classes_without_train(
     targets: npt.NDArray[np.int64], splits: Sequence[str], class_names: Sequence[str] | None
 ) -> str | None:
@@ -85,6 +135,19 @@ def classes_without_train(
     n_images = int(np.isin(targets, lacking).sum())
     called = a_few([_called(int(label), class_names) for label in lacking])
     return f"{images(n_images)} of val and test are of classes that train lacks: {called}"
+
+
+def label_sets_without_train(
+    sets: Sequence[tuple[int, ...]], splits: Sequence[str], class_names: Sequence[str] | None
+) -> str | None:
+    """Return a sentence that names the labels of val and test that no train image has, or None."""
+    in_train = {label for found, split in zip(sets, splits, strict=True) if split == "train" for label in found}
+    lacking = {label for found in sets for label in found} - in_train
+    if not lacking:
+        return None
+    n_images = sum(not lacking.isdisjoint(found) for found in sets)
+    called = a_few([_called(label, class_names) for label in sorted(lacking)])
+    return f"{images(n_images)} of val and test have labels that no train image has: {called}"
 
 
 def _called(label: int, class_names: Sequence[str] | None) -> str:

@@ -9,7 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from coldtap.pipeline.decode import RawImage
-from coldtap.pipeline.sources.labels import check_labels, classes_without_train
+from coldtap.pipeline.sources.labels import (
+    LabelSets,
+    check_label_sets,
+    check_labels,
+    classes_without_train,
+    label_sets_without_train,
+)
 from coldtap.pipeline.sources.splits import Labels, cut_val, resolve_splits
 from coldtap.stores.errors import SourceError
 
@@ -23,9 +29,10 @@ class Listing:
         splits: 'train', 'val' or 'test'.
         targets: 0 … C-1 without gaps, or None where the source has no labels. A source opened with
             labels='optional' may have gaps.
+        label_sets: Of a source with any number of labels a sample, those of each, ascending; it has no targets then.
         class_names: One name a class, where the source has names.
         notes: Sentences that a user must be told.
-        val_is_cut: Whether val was cut from train here, by labels, because the source has no val split.
+        val_is_cut: Whether val was cut from train here, because the source has no val split.
         fingerprint: SHA-256 over id and size in bytes of each sample in order, or over ids and what stands for the
             sizes where they cannot be had cheaply (Parquet: row-group sizes; Python: up to 64 hashed items).
     """
@@ -33,6 +40,7 @@ class Listing:
     ids: tuple[str, ...]
     splits: tuple[str, ...]
     targets: tuple[int, ...] | None
+    label_sets: tuple[tuple[int, ...], ...] | None = None
     class_names: tuple[str, ...] | None
     notes: tuple[str, ...] = ()
     val_is_cut: bool = False
@@ -70,7 +78,7 @@ def make_listing(
     name: str,
     ids: Sequence[str],
     splits: Sequence[str | None] | None,
-    targets: npt.NDArray[np.int64] | None,
+    targets: npt.NDArray[np.int64] | LabelSets | None,
     class_names: Sequence[str] | None,
     fingerprint: str,
     place: Callable[[int], str],
@@ -84,7 +92,7 @@ def make_listing(
         name: What the user named, for messages.
         ids: As in Listing.
         splits: In any accepted spelling, or None where the source knows none.
-        targets: Labels, NULL where one is missing, or None where the source has none.
+        targets: Labels, NULL where one is missing; or a set of labels each; or None where the source has none.
         class_names: As in Listing.
         fingerprint: As in Listing, by `fingerprint_of`.
         place: Where a sample was listed, for messages.
@@ -99,20 +107,27 @@ def make_listing(
         raise SourceError(f"{name}: no images")
     _check_unique(ids, name=name, place=place)
     resolved = resolve_splits(splits, len(ids), name=name, place=place, labels=labels)
-    checked, left_out = check_labels(targets, class_names, name=name, place=place, labels=labels)
+    if isinstance(targets, list):
+        sets, left_out = check_label_sets(targets, class_names, name=name, place=place, labels=labels)
+        checked = None
+    else:
+        checked, left_out = check_labels(targets, class_names, name=name, place=place, labels=labels)
+        sets = None
     told = [*notes, left_out]
-    val_is_cut = False
+    val_is_cut = labels == "required" and "val" not in resolved
+    if val_is_cut:
+        resolved, note = cut_val(resolved, checked, ids, name=name, seed=seed)
+        told.append(note)
     if labels == "required" and checked is not None:
-        if "val" not in resolved:
-            resolved, note = cut_val(resolved, checked, ids, name=name, seed=seed)
-            told.append(note)
-            val_is_cut = True
         told.append(classes_without_train(checked, resolved, class_names))
+    if labels == "required" and sets is not None:
+        told.append(label_sets_without_train(sets, resolved, class_names))
     return Listing(
         ids=tuple(ids),
         splits=tuple(resolved),
         targets=None if checked is None else tuple(checked.tolist()),
-        class_names=None if class_names is None or checked is None else tuple(class_names),
+        label_sets=None if sets is None else tuple(sets),
+        class_names=None if class_names is None or (checked is None and sets is None) else tuple(class_names),
         notes=tuple(note for note in told if note),
         val_is_cut=val_is_cut,
         fingerprint=fingerprint,

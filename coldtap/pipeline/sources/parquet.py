@@ -1,5 +1,6 @@
 """Parquet files with the images in them: columns image and label, optionally label_name, split, id.
 
+`label` holds an integer, or a list of integers or names where an image has any number of labels.
 `image` holds bytes, or the {bytes, path} struct of Hugging Face. One file, or a folder of files.
 """
 
@@ -201,9 +202,10 @@ def _size_of_images(metadata: pq.FileMetaData) -> str:
 def _hugging_face_names(schema: pa.Schema) -> list[str] | None:
     """Return the names of a ClassLabel, which Hugging Face's datasets writes into the schema's metadata."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features["label"]["names"]]
-    except (KeyError, TypeError, ValueError):
+        label = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]
+        one = label[0] if isinstance(label, list) else label.get("feature", label)  # of a list, or of a sequence
+        return [str(name) for name in one["names"]]
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
         return None
 
 

@@ -71,9 +71,11 @@ def _known(split: str | None, labels: Labels) -> str | None:
 
 
 def cut_val(
-    splits: list[str], targets: npt.NDArray[np.int64], ids: Sequence[str], *, name: str, seed: int
+    splits: list[str], targets: npt.NDArray[np.int64] | None, ids: Sequence[str], *, name: str, seed: int
 ) -> tuple[list[str], str]:
-    """Turn a stratified tenth of train into val: at least one image of each class that has two.
+    """Turn a tenth of train into val, stratified by label: at least one image of each class that has two.
+
+    Sets of labels give no strata (`targets` is None): the tenth is then of all images.
 
     Which images go is ranked by SHA-256 over (seed, id), not drawn: it depends neither on the order of the
     listing nor on a library's random numbers, and adding images moves few others.
@@ -85,7 +87,8 @@ def cut_val(
         SourceError: No class has two train images.
     """
     of_class: dict[int, list[int]] = {}
-    for index, (split, target) in enumerate(zip(splits, targets.tolist(), strict=True)):
+    strata = [0] * len(splits) if targets is None else targets.tolist()
+    for index, (split, target) in enumerate(zip(splits, strata, strict=True)):
         if split == "train":
             of_class.setdefault(target, []).append(index)
     cut = list(splits)
@@ -96,7 +99,8 @@ def cut_val(
     n_val, n_train = cut.count("val"), splits.count("train")
     if n_val == 0:
         raise SourceError(f"{name}: no val split, and none can be cut: every class has a single train image")
-    return cut, (f"no val split: {n_val} of the {n_train} train images, a stratified tenth by seed {seed}, became it")
+    tenth = "a tenth" if targets is None else "a stratified tenth"
+    return cut, f"no val split: {n_val} of the {n_train} train images, {tenth} by seed {seed}, became it"
 
 
 def _rank(seed: int, sample_id: str) -> bytes:

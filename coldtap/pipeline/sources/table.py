@@ -1,4 +1,8 @@
-"""A CSV or Parquet list of local paths: columns path and label, optionally label_name, split, id."""
+"""A CSV or Parquet list of local paths: columns path and label, optionally label_name, split, id.
+
+Where an image has any number of labels, `label` of a Parquet list holds lists; a CSV has the column `labels` instead,
+with integers or names between bars: `3|7`, `cat|dog`, and nothing where there is none.
+"""
 
 import os
 from pathlib import Path
@@ -20,7 +24,8 @@ from coldtap.pipeline.sources.listing import fingerprint_of, make_listing
 from coldtap.pipeline.sources.splits import Labels
 from coldtap.stores.errors import SourceError
 
-TEXT_COLUMNS = ("path", "label_name", "split", "id")
+TEXT_COLUMNS = ("path", "label_name", "split", "id", "labels")
+BETWEEN_LABELS = "|"
 
 
 def open_table(file: Path, *, labels: Labels, seed: int) -> FileSource:
@@ -64,9 +69,22 @@ def _read_csv(file: Path, name: str) -> pa.Table:
         column_types=dict.fromkeys(TEXT_COLUMNS, pa.large_string()), null_values=[""], strings_can_be_null=True
     )
     try:
-        return pacsv.read_csv(file, convert_options=options)
+        table = pacsv.read_csv(file, convert_options=options)
     except (pa.ArrowException, OSError) as error:
         raise SourceError(f"{name}: not a CSV table: {error}") from error
+    wanted = "labels" in table.column_names and "label" not in table.column_names
+    return _with_label_sets(table) if wanted else table
+
+
+def _with_label_sets(table: pa.Table) -> pa.Table:
+    """The table with a column of lists in place of text: of integers where every label is one."""
+    text = table["labels"].fill_null("").to_pylist()
+    rows = [[label.strip() for label in line.split(BETWEEN_LABELS)] if line.strip() else [] for line in text]
+    if all(label.isascii() and label.isdecimal() for labels in rows for label in labels):
+        lists = pa.array([[int(label) for label in labels] for labels in rows], pa.list_(pa.int64()))
+    else:
+        lists = pa.array(rows, pa.list_(pa.large_string()))
+    return table.drop_columns(["labels"]).append_column("label", lists)
 
 
 def _read_parquet(file: Path, name: str) -> pa.Table:

@@ -1,0 +1,160 @@
+"""The end of trials: what they keep is evaluated, for all in one pass over a split, and written to their folders."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from coldtap import __version__
+from coldtap.adaptors.batches import FeatureBatches
+from coldtap.adaptors.checkpoint import TrialState
+from coldtap.adaptors.curves import draw_curves
+from coldtap.adaptors.devices import describe_device
+from coldtap.adaptors.learner import Member, Tensors
+from coldtap.adaptors.learners import make_learners
+from coldtap.adaptors.memory import peak_memory_bytes
+from coldtap.adaptors.planned import PlannedTrial
+from coldtap.adaptors.predictions import SplitPredictions, read_predictions, write_predictions
+from coldtap.adaptors.run_folder import RunInfo, SplitMetrics, write_info, write_run
+from coldtap.stores import Store
+from coldtap.stores.canonical import sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What one trial reaches on a split, and what it says of each sample."""
+
+    metrics: SplitMetrics
+    predictions: SplitPredictions
+
+
+def evaluate(
+    store: Store, plans: Sequence[PlannedTrial], weights: Sequence[Tensors], batches: FeatureBatches
+) -> list[Evaluated]:
+    """Evaluates trials on a split that is read once for all of them.
+
+    Args:
+        store: The store.
+        plans: The trials, over the same features.
+        weights: Of each.
+        batches: Of the split.
+    """
+    device = batches.device
+    members = []
+    for plan, values in zip(plans, weights, strict=True):
+        network = plan.network(store, n_classes=batches.n_classes, device=device)
+        network.load_state_dict(values)
+        members.append(Member(settings=plan.settings, network=network, is_random=plan.options.is_random))
+    learners = make_learners(members, batches.task, device, row_shape=plans[0].features.row_shape)
+    tallies = [
+        batches.task.tally(n_trials=len(numbers), n_classes=batches.n_classes, device=device, keep_rows=True)
+        for _, numbers in learners
+    ]
+    for batch in batches.ordered():
+        for tally, (learner, _) in zip(tallies, learners, strict=True):
+            tally.add(learner.logits(batch.features), batch.targets)
+    ids, found = batches.sample_ids(), {}
+    for tally, (_, numbers) in zip(tallies, learners, strict=True):
+        for number, scores, loss, rows in zip(numbers, tally.scores(), tally.losses(), tally.rows(), strict=True):
+            metrics = SplitMetrics(
+                score=scores[batches.task.metric], scores=scores, loss=loss, n_samples=batches.n_samples
+            )
+            found[number] = Evaluated(metrics=metrics, predictions=SplitPredictions(ids=ids, rows=rows))
+    return [found[number] for number in range(len(plans))]
+
+
+def write_trials(
+    store: Store,
+    plans: Sequence[PlannedTrial],
+    states: Sequence[TrialState],
+    batches: Mapping[str, FeatureBatches],
+    *,
+    train: FeatureBatches,
+    parameters: Sequence[int],
+    trials: int,
+) -> list[RunInfo]:
+    """Evaluates finished trials and writes their folders; returns what each `run.json` says.
+
+    Args:
+        store: The store.
+        plans: The trials, over the same features.
+        states: Of each, ended.
+        batches: Of the splits to evaluate on, by name.
+        train: Batches that they learnt from.
+        parameters: Of each.
+        trials: How many shared the pass.
+    """
+    weights = [state.kept() for state in states]
+    by_split = {split: evaluate(store, plans, weights, of) for split, of in batches.items()}
+    infos = []
+    for number, (plan, state) in enumerate(zip(plans, states, strict=True)):
+        evaluated = {split: found[number] for split, found in by_split.items()}
+        data = save(weights[number])
+        info = _info(
+            store, plan, state, evaluated, train, parameters=parameters[number], trials=trials, sha256_=sha256(data)
+        )
+        title = f"{plan.settings.adaptor} on {store.path.name}, {parameters[number]:,} parameters"
+        # Trials that share a pass share one picture: drawing one each would take longer than a probe's training.
+        picture = draw_curves(state.records, best=state.best, title=title, metric=info.metric) if trials == 1 else None
+        predictions = {split: found.predictions for split, found in evaluated.items()}
+        write_predictions(plan.folder, train.task.kind, predictions)
+        write_run(plan.folder, info, weights=data, epochs=state.records, picture=picture)
+        infos.append(info)
+    return infos
+
+
+def add_split(folder: Path, info: RunInfo, split: str, evaluated: Evaluated) -> RunInfo:
+    """Adds a split to a finished run: its predictions first, so that `run.json` never names what is not there."""
+    there = read_predictions(folder)
+    kept = {name: said for name, said in there.splits.items() if name in info.metrics} if there else {}
+    write_predictions(folder, info.target_kind, {**kept, split: evaluated.predictions})
+    info = replace(info, metrics={**info.metrics, split: evaluated.metrics})
+    write_info(folder, info)
+    return info
+
+
+def _info(
+    store: Store,
+    plan: PlannedTrial,
+    state: TrialState,
+    evaluated: Mapping[str, Evaluated],
+    train: FeatureBatches,
+    *,
+    parameters: int,
+    trials: int,
+    sha256_: str,
+) -> RunInfo:
+    on_gpu = train.device.type == "cuda"
+    return RunInfo(
+        settings=plan.settings,
+        features=plan.features,
+        target_kind=train.task.kind,
+        metric=train.task.metric,
+        n_classes=train.n_classes,
+        class_names=store.class_names(plan.settings.target),
+        parameters=parameters,
+        metrics={split: found.metrics for split, found in evaluated.items()},
+        best_epoch=state.best,
+        epoch_seconds=sum(record.seconds for record in state.records) / len(state.records),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(train.device) if on_gpu else peak_memory_bytes(),
+        device=describe_device(train.device),
+        residency=train.residency,
+        versions=_versions(),
+        store=str(store.path),
+        model=store.recorded["model"],
+        extractor=dict(store.recipe.extractor),
+        adaptor_sha256=sha256_,
+        mixing=None if train.mixing is None else str(train.mixing),
+        trials=trials,
+        epochs_done=len(state.records),
+        bytes_per_sample=train.bytes_per_sample,
+    )
+
+
+def _versions() -> dict[str, str]:
+    libraries = {package: version(package) for package in ("torch", "numpy")}
+    return {"coldtap": __version__, "python": platform.python_version(), **libraries}

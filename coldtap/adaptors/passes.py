@@ -1,0 +1,266 @@
+"""Trials to the end: finished ones are read, the rest share passes as far as their batches and the memory allow."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import batched
+from pathlib import Path
+
+import torch
+
+from coldtap.adaptors.batches import FeatureBatches
+from coldtap.adaptors.checkpoint import Checkpoint, TrialState, read_checkpoint, remove_checkpoint
+from coldtap.adaptors.finishing import write_trials
+from coldtap.adaptors.learner import Member
+from coldtap.adaptors.memory import available_memory_bytes
+from coldtap.adaptors.planned import PlannedTrial
+from coldtap.adaptors.run_folder import RunInfo, read_failure, read_run, require_equal, write_failure
+from coldtap.adaptors.shared_pass import Progress, SharedPass
+from coldtap.adaptors.stacked import can_stack, is_faster_stacked
+from coldtap.adaptors.trial_memory import forecast_trial, trials_that_fit
+from coldtap.stores import Store
+from coldtap.stores.errors import InterruptedRunError, RunError, SourceError
+
+type Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How a trial has ended: `info` is what its run folder says, `failure` why there is none.
+
+    `resumed_after` is the number of epochs that an earlier, interrupted call had done; `was_finished` says that there
+    was nothing left to do.
+    """
+
+    plan: PlannedTrial
+    info: RunInfo | None
+    failure: str | None = None
+    resumed_after: int = 0
+    was_finished: bool = False
+
+
+def train_planned(
+    store: Store,
+    plans: Sequence[PlannedTrial],
+    *,
+    out: Path,
+    device: torch.device,
+    resident: bool | None,
+    test: bool,
+    progress: Progress | None,
+    note: Note | None,
+    checkpoint_every_s: float,
+) -> list[Outcome]:
+    """Trains what is not trained yet; returns how each trial has ended, in the order of the plans.
+
+    Args:
+        store: The store.
+        plans: The trials.
+        out: Folder of the checkpoint of trials that are under way.
+        device: That trains.
+        resident: Whether to keep features in memory; None decides by their size.
+        test: Whether to evaluate on the test split, where there is one.
+        progress: Called after every epoch.
+        note: Told what was decided, a sentence each.
+        checkpoint_every_s: Seconds between checkpoints at least.
+
+    Raises:
+        RunError: A folder holds a run of other settings, or damaged files, or the checkpoint is of other trials.
+        SourceError: A split that is needed is missing, or has nothing to learn from.
+        InterruptedRunError: Ctrl-C; what was done is kept.
+    """
+    outcomes = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
+    left = [plan for plan in plans if plan.name not in outcomes]
+    checkpoint = read_checkpoint(out)
+    begun = _begun(checkpoint, left, out) if left else []
+    if not left:
+        remove_checkpoint(out)
+    trainer = _Trainer(store, out, device, resident, test, progress, note or (lambda _: None), checkpoint_every_s)
+    waiting = [plan for plan in left if plan not in begun]
+    for group in ([begun] if begun else []) + _alike(waiting):
+        for outcome in trainer.train(group, checkpoint if group is begun else None):
+            outcomes[outcome.plan.name] = outcome
+    return [outcomes[plan.name] for plan in plans]
+
+
+def _ended_before(plan: PlannedTrial) -> Outcome | None:
+    if (info := read_run(plan.folder)) is not None:
+        require_equal(info.settings, plan.settings, plan.folder)
+        return Outcome(plan=plan, info=info, was_finished=True)
+    if (failed := read_failure(plan.folder)) is not None:
+        require_equal(failed[0], plan.settings, plan.folder)
+        return Outcome(plan=plan, info=None, failure=failed[1], was_finished=True)
+    return None
+
+
+def _begun(checkpoint: Checkpoint | None, left: Sequence[PlannedTrial], out: Path) -> list[PlannedTrial]:
+    """The trials that an interrupted call was at, in its order.
+
+    Raises:
+        RunError: They are not among those that were asked for.
+    """
+    found = []
+    for state in checkpoint.trials if checkpoint else ():
+        plan = next((plan for plan in left if plan.settings == state.settings), None)
+        if plan is None:
+            alike = min(left, key=lambda plan: len(state.settings.differences(plan.settings)))
+            require_equal(state.settings, alike.settings, out)
+            raise RunError(
+                f"{out} holds the interrupted trial {state.name}, whose folder is finished: delete its checkpoint"
+            )
+        found.append(plan)
+    return found
+
+
+def _alike(plans: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
+    """Trials that can share batches, together."""
+    groups: dict[object, list[PlannedTrial]] = {}
+    for plan in plans:
+        of = plan.settings
+        key = (plan.features, of.batch_size, of.order_seed, of.shuffle, of.target, of.fit)
+        groups.setdefault(key, []).append(plan)
+    return list(groups.values())
+
+
+class _Trainer:
+    """What all passes of one call have in common."""
+
+    def __init__(
+        self,
+        store: Store,
+        out: Path,
+        device: torch.device,
+        resident: bool | None,
+        test: bool,
+        progress: Progress | None,
+        note: Note,
+        checkpoint_every_s: float,
+    ) -> None:
+        self._store, self._out, self._device, self._resident = store, out, device, resident
+        self._test, self._progress, self._note, self._every_s = test, progress, note, checkpoint_every_s
+
+    def train(self, plans: Sequence[PlannedTrial], checkpoint: Checkpoint | None) -> Iterator[Outcome]:
+        """Trains trials that can share batches, in as few passes as the memory allows."""
+        _require_splits(self._store, plans[0])
+        try:
+            train = self._batches(plans[0], plans[0].settings.fit)
+            val = self._batches(plans[0], "val") if plans[0].settings.fit == "train" else None
+            _require_something_to_learn(self._store, train, plans[0].settings.target)
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(
+                f"interrupted while {self._store.path} was read: run the same command again"
+            ) from error
+        self._tell(train, val)
+        at_once = len(plans) if checkpoint else self._at_once(plans, train)
+        for part in batched(plans, at_once):
+            yield from self._train_pass(part, train, val, checkpoint)
+
+    def _batches(self, plan: PlannedTrial, split: str, *, resident: bool | None = None) -> FeatureBatches:
+        settings = plan.settings
+        return FeatureBatches(
+            self._store,
+            plan.features,
+            split,
+            batch_size=settings.batch_size,
+            target=settings.target,
+            resident=self._resident if resident is None else resident,
+            device=self._device,
+            shuffle=settings.shuffle,
+        )
+
+    def _tell(self, train: FeatureBatches, val: FeatureBatches | None) -> None:
+        self._note(f"features {train.residency.reason}")
+        if train.mixing is not None:
+            self._note(str(train.mixing))
+        if val is not None and val.n_samples == 1:
+            self._note("val has 1 sample: its score is 0 or 1, so that the epoch is chosen by its loss")
+        if absent := train.absent_classes:
+            shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
+            self._note(f"no train sample has class {shown}, which other splits have: it cannot be learnt")
+
+    def _at_once(self, plans: Sequence[PlannedTrial], train: FeatureBatches) -> int:
+        """How many trials share a pass: as many as fit into memory."""
+        if len(plans) == 1:
+            return 1
+        network = plans[0].network(self._store, n_classes=train.n_classes, device=self._device)
+        row_shape = plans[0].features.row_shape
+        memory = forecast_trial(
+            network, row_shape, batch_size=train.batch_size, loss_of=lambda logits: logits.logsumexp(-1).mean()
+        )
+        member = Member(settings=plans[0].settings, network=network, is_random=plans[0].options.is_random)
+        stacked = is_faster_stacked(row_shape, self._device) and can_stack(member, member)
+        free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else available_memory_bytes()
+        fitting = trials_that_fit(memory, free=free, stacked=stacked)
+        together = "in one computation" if stacked else "one after the other on each batch"
+        self._note(
+            f"{len(plans)} trials, {together}: a forecast of {memory.state / 1e6:.1f} MB each and "
+            f"{memory.step / 1e6:.1f} MB for a step; {min(fitting, len(plans))} at a time ({free / 1e6:.0f} MB free)"
+        )
+        return min(fitting, len(plans))
+
+    def _train_pass(
+        self,
+        plans: Sequence[PlannedTrial],
+        train: FeatureBatches,
+        val: FeatureBatches | None,
+        checkpoint: Checkpoint | None,
+    ) -> list[Outcome]:
+        shared = SharedPass(
+            self._store, plans, out=self._out, train=train, val=val, device=self._device, checkpoint=checkpoint
+        )
+        states = shared.run(self._progress, checkpoint_every_s=self._every_s)
+        outcomes = self._finish(plans, states, shared)
+        remove_checkpoint(self._out)
+        return outcomes
+
+    def _finish(self, plans: Sequence[PlannedTrial], states: Sequence[TrialState], shared: SharedPass) -> list[Outcome]:
+        """Writes the folder of each trial."""
+        numbers = [number for number, state in enumerate(states) if state.failure is None]
+        infos = self._write(plans, states, shared, numbers) if numbers else []
+        found = dict(zip(numbers, infos, strict=True))
+        for plan, state in zip(plans, states, strict=True):
+            if state.failure is not None and plan.folder != self._out:  # a run of its own may be tried again
+                write_failure(plan.folder, plan.settings, state.failure)
+        return [
+            Outcome(plan=plan, info=found.get(number), failure=state.failure, resumed_after=shared.resumed_after)
+            for number, (plan, state) in enumerate(zip(plans, states, strict=True))
+        ]
+
+    def _write(
+        self,
+        plans: Sequence[PlannedTrial],
+        states: Sequence[TrialState],
+        shared: SharedPass,
+        numbers: Sequence[int],
+    ) -> list[RunInfo]:
+        """Evaluates the trials of these numbers and writes their folders."""
+        splits = {} if shared.val is None else {"val": shared.val}
+        if self._test and "test" in self._store.splits:
+            splits["test"] = self._batches(plans[0], "test", resident=False)
+        return write_trials(
+            self._store,
+            [plans[number] for number in numbers],
+            [states[number] for number in numbers],
+            splits,
+            train=shared.train,
+            parameters=[shared.parameters[number] for number in numbers],
+            trials=len(plans),
+        )
+
+
+def _require_splits(store: Store, plan: PlannedTrial) -> None:
+    held = ", ".join(f"{split} ({n})" for split, n in store.splits.items()) or "none"
+    use = "to learn from as well" if plan.settings.fit == "train+val" else "to choose the best epoch on"
+    for split, purpose in (("train", "to learn from"), ("val", use)):
+        if split not in store.splits:
+            raise SourceError(
+                f"{store.path} has no {split} split {purpose}; it holds {held}: cache again with --split all"
+            )
+
+
+def _require_something_to_learn(store: Store, train: FeatureBatches, target: str) -> None:
+    if train.n_samples < 2:
+        raise SourceError(f"{store.path} has {train.n_samples} train sample: there is nothing to tell apart")
+    if train.task.kind == "class" and len(present := train.targets.unique().tolist()) < 2:
+        names = store.class_names(target)
+        name = names[present[0]] if names else present[0]
+        raise SourceError(f"{store.path}: every train sample is of class {name!r}: there is nothing to tell apart")

@@ -1,0 +1,175 @@
+"""How an accuracy is come by: which splits are learnt from, what chooses a setting, and when test is read.
+
+val   every setting with every seed on train; the best mean val score chooses; its trials, as they are, are tested
+vtab  every setting on train with the first seed; the val score after the last epoch chooses; with every seed the
+      chosen setting learns anew from train and val, and is tested once, after the last epoch
+
+`vtab` is the two-stage use of VTAB-1K (arXiv 1910.04867): 800 images to fit, 200 to choose, all 1,000 for the result.
+Codes of the field differ in it, and some choose on test; `docs/methods.md` says more.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from coldtap.adaptors.devices import choose_device
+from coldtap.adaptors.passes import train_planned
+from coldtap.adaptors.planned import TrainingOptions, plan_trial
+from coldtap.adaptors.run_folder import RunInfo
+from coldtap.adaptors.shared_pass import Progress
+from coldtap.adaptors.trials import Trials, train_trials, val_score
+from coldtap.stores import Store, open_store
+from coldtap.stores.errors import OptionError, RunError, SourceError
+
+type Protocol = Literal["val", "vtab"]
+
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol.__value__)
+SEARCH, REFIT = "search", "refit"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProtocolResult:
+    """What an adaptor reaches on a store.
+
+    Attributes:
+        metric: Name of the score.
+        setting: What was chosen, by name.
+        val: Scores of the chosen setting on val, one a seed that searched.
+        test: Its scores on test, one a seed.
+        runs: Folders of the tested runs, one a seed.
+        parameters: Trainable ones.
+        bytes_per_sample: Stored bytes that a sample's features take.
+        seconds: Of training, of all trials; of those that share a pass the pass is counted once.
+    """
+
+    metric: str
+    setting: Mapping[str, object]
+    val: tuple[float, ...]
+    test: tuple[float, ...]
+    runs: tuple[Path, ...]
+    parameters: int
+    bytes_per_sample: float
+    seconds: float
+
+
+def run_protocol(
+    store: Store | str | Path,
+    adaptor: str,
+    trials: Sequence[Mapping[str, object]],
+    *,
+    protocol: str = "val",
+    out: str | Path,
+    seeds: int = 1,
+    training: TrainingOptions | None = None,
+    settings: Mapping[str, object] | None = None,
+    device: str = "auto",
+    resident: bool | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] | None = None,
+    checkpoint_every_s: float = 5.0,
+) -> ProtocolResult:
+    """Fits, chooses and tests an adaptor on a store by a protocol; called again, it does what is left.
+
+    Args:
+        store: A store or its path, with train, val and test.
+        adaptor: The name of an adaptor, or `module:NAME`.
+        trials: The settings to choose from, as `train_trials` takes them.
+        protocol: `val` or `vtab`.
+        out: Folder of all runs.
+        seeds: Number of seeds of the result.
+        training: How all are trained.
+        settings: The adaptor's options that all have.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        resident: Whether to keep features in memory; None decides by their size.
+        progress: Called after every epoch.
+        note: Told, a sentence each, what was decided.
+        checkpoint_every_s: Seconds between checkpoints at least.
+
+    Raises:
+        OptionError: No such protocol, or as `train_trials` does.
+        SourceError: The store has no test split.
+        RunError: Every trial, or a refitted one, has diverged; or as `train_trials` does.
+    """
+    store = store if isinstance(store, Store) else open_store(store)
+    out, training = Path(out), training or TrainingOptions()
+    if protocol not in PROTOCOLS:
+        raise OptionError(f"protocol={protocol}: it must be one of {', '.join(PROTOCOLS)}")
+    if "test" not in store.splits:
+        raise SourceError(f"{store.path} has no test split, which a protocol ends with: cache again with --split all")
+    two_stages = protocol == "vtab"
+    searched = train_trials(
+        store,
+        adaptor,
+        trials,
+        out=out / SEARCH if two_stages else out,
+        seeds=1 if two_stages else seeds,
+        training=replace(training, keep="last") if two_stages else training,
+        settings=settings,
+        device=device,
+        resident=resident,
+        test=not two_stages,
+        progress=progress,
+        note=note,
+        checkpoint_every_s=checkpoint_every_s,
+    )
+    tested = [result.info for result in searched.chosen if result.info is not None]
+    folders = [result.path for result in searched.chosen]
+    seconds = _seconds([result.info for result in searched.results if result.info is not None])
+    if two_stages:
+        chosen = searched.chosen[0].setting
+        first = chosen.training
+        order = first.seed if first.order_seed is None else first.order_seed
+        plans = [
+            plan_trial(
+                store,
+                adaptor,
+                replace(first, seed=seed, order_seed=order, fit="train+val"),
+                chosen.options,
+                name=f"seed={seed}",
+                folder=out / REFIT / f"seed={seed}",
+            )
+            for seed in range(first.seed, first.seed + seeds)
+        ]
+        outcomes = train_planned(
+            store,
+            plans,
+            out=out / REFIT,
+            device=choose_device(device),
+            resident=resident,
+            test=True,
+            progress=progress,
+            note=note,
+            checkpoint_every_s=checkpoint_every_s,
+        )
+        if failed := [outcome for outcome in outcomes if outcome.info is None]:
+            raise RunError(f"{failed[0].plan.folder}: {failed[0].failure}")
+        tested = [outcome.info for outcome in outcomes if outcome.info is not None]
+        folders = [plan.folder for plan in plans]
+        seconds += _seconds(tested)
+    return _result(searched, tested, folders, seconds)
+
+
+def _result(searched: Trials, tested: Sequence[RunInfo], folders: Sequence[Path], seconds: float) -> ProtocolResult:
+    first = tested[0]
+    return ProtocolResult(
+        metric=first.metric,
+        setting=dict(searched.chosen[0].setting.varied),
+        val=tuple(val_score(result) for result in searched.chosen),
+        test=tuple(info.metrics["test"].score for info in tested),
+        runs=tuple(folders),
+        parameters=first.parameters,
+        bytes_per_sample=first.bytes_per_sample,
+        seconds=seconds,
+    )
+
+
+def _seconds(infos: Sequence[RunInfo]) -> float:
+    """Seconds of trials' epochs, of which those that share a pass were measured together."""
+    return sum(info.epoch_seconds * info.epochs_done / info.trials for info in infos)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Returns the mean and the standard deviation (n − 1) of some scores; of one score the deviation is 0."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

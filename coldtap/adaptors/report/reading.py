@@ -1,0 +1,175 @@
+"""Run folders into a report: the one place that knows how a run is kept."""
+
+import csv
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from coldtap.adaptors.predictions import read_predictions
+from coldtap.adaptors.report.finding import find_run_folders, short_names
+from coldtap.adaptors.report.model import EpochPoint, Outcome, Report, RunReport, SplitScore, StoreReport, Unfinished
+from coldtap.adaptors.report.outcome import many_labels, single_label, token_classes
+from coldtap.adaptors.report.rerun import NOT_FLAGS, rerun_command
+from coldtap.adaptors.report.tables import by_setting
+from coldtap.adaptors.run_folder import EPOCHS, RUN, RunInfo, RunSettings, read_failure, read_run
+from coldtap.adaptors.tallies import TrialRows
+from coldtap.stores import Store, open_store
+from coldtap.stores.errors import ColdtapError, RunError
+from coldtap.stores.rows import SPLITS
+
+UNDER_WAY = "a checkpoint of what is not finished: run the same command again to go on"
+
+
+def read_report(paths: Sequence[Path]) -> Report:
+    """Reads runs, and the runs below folders of trials, into a report.
+
+    Raises:
+        RunError: A path is not there, holds a damaged run of its own, or no finished run is among them.
+    """
+    folders = find_run_folders(paths)
+    names = short_names(folders)
+    infos: dict[Path, RunInfo] = {}
+    unfinished = []
+    for folder in folders:
+        found = _read(folder, is_given=folder in paths)
+        if isinstance(found, RunInfo):
+            infos[folder] = found
+        else:
+            unfinished.append(dataclasses.replace(found, folder=names[folder]))
+    if not infos:
+        raise RunError(_nothing(paths, unfinished))
+    by_store: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    for folder, info in infos.items():
+        by_store[info.settings.store_digest, info.settings.target].append(folder)
+    stores = [_store_report({folder: infos[folder] for folder in group}, names) for group in by_store.values()]
+    return Report(stores=tuple(stores), unfinished=tuple(unfinished))
+
+
+def _nothing(paths: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
+    also = f"; {len(unfinished)} are not: first {unfinished[0].folder}: {unfinished[0].reason}" if unfinished else ""
+    where = ", ".join(map(str, paths))
+    return f"no finished run at or below {where}{also}. Train one with `train-adaptor STORE --out RUN`"
+
+
+def _read(folder: Path, *, is_given: bool) -> RunInfo | Unfinished:
+    try:
+        if (info := read_run(folder)) is not None:
+            return info
+        failure = read_failure(folder)
+    except RunError as error:
+        if is_given:
+            raise
+        return Unfinished(folder=str(folder), settings="", reason=str(error))
+    if failure is None:
+        return Unfinished(folder=str(folder), settings="", reason=UNDER_WAY)
+    settings, reason = failure
+    return Unfinished(folder=str(folder), settings=_said(settings), reason=reason)
+
+
+def _said(settings: RunSettings) -> str:
+    flat = {"adaptor": settings.adaptor, "lr": settings.lr, "seed": settings.seed, **settings.options}
+    return ", ".join(f"{name}={value}" for name, value in flat.items())
+
+
+def _store_report(infos: Mapping[Path, RunInfo], names: Mapping[Path, str]) -> StoreReport:
+    first = next(iter(infos.values()))
+    store, problem = _open(first)
+    runs = [_run_report(folder, info, names[folder]) for folder, info in infos.items()]
+    return StoreReport(
+        path=first.store,
+        digest=first.settings.store_digest,
+        target=first.settings.target,
+        problem=problem,
+        encoding=None if store is None else f"{store.recipe.encoding['tier']}, {store.recipe.encoding['layout']}",
+        runs=tuple(run for group in by_setting(runs) for run in group),
+    )
+
+
+def _open(info: RunInfo) -> tuple[Store | None, str | None]:
+    """The store of a run if it is still where it was; else why not."""
+    try:
+        store = open_store(info.store)
+    except (ColdtapError, OSError) as error:
+        return None, str(error)
+    if store.digest != info.settings.store_digest:
+        return None, f"the store at {info.store} is another one now: its digest is {store.digest[:12]}"
+    return store, None
+
+
+def _run_report(folder: Path, info: RunInfo, name: str) -> RunReport:
+    epochs = _epochs(folder)
+    return RunReport(
+        name=name,
+        folder=str(folder),
+        adaptor=info.settings.adaptor,
+        settings={key: value for key, value in dataclasses.asdict(info.settings).items() if key not in NOT_FLAGS},
+        options=info.settings.options,
+        command=rerun_command(folder, info.store, info.settings),
+        metric=info.metric,
+        splits={split: _score(info, split) for split in sorted(info.metrics, key=SPLITS.index)},
+        epochs=epochs,
+        best_epoch=info.best_epoch,
+        parameters=info.parameters,
+        features=f"{info.features.array}, taps {', '.join(map(str, info.features.taps))}",
+        bytes_per_sample=info.bytes_per_sample or None,
+        epoch_seconds=info.epoch_seconds,
+        total_seconds=sum(point.seconds for point in epochs) if epochs else None,
+        peak_memory_bytes=info.peak_memory_bytes,
+        n_sharing=info.trials,
+        residency=info.residency.reason,
+        device=info.device,
+        versions=info.versions,
+        written=datetime.fromtimestamp((folder / RUN).stat().st_mtime, UTC),
+        backbone=info.model,
+        extractor_digest=info.extractor_digest,
+        weights_digest=str(info.extractor.get("weights", "")),
+        adaptor_digest=info.adaptor_sha256,
+        outcome=_outcome(folder, info),
+    )
+
+
+def _score(info: RunInfo, split: str) -> SplitScore:
+    metrics = info.metrics[split]
+    others = {name: score for name, score in metrics.scores.items() if name != info.metric}
+    return SplitScore(score=metrics.score, others=others, loss=metrics.loss, n_samples=metrics.n_samples)
+
+
+def _epochs(folder: Path) -> tuple[EpochPoint, ...]:
+    """The table of epochs; none where it is missing or damaged, which costs the page its curves and nothing else."""
+    try:
+        with (folder / EPOCHS).open(newline="") as file:
+            return tuple(_epoch(line) for line in csv.DictReader(file))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+def _epoch(line: Mapping[str, str]) -> EpochPoint:
+    score = line["val_score"] if "val_score" in line else line["val_top1"]  # formats 1 and 2
+    return EpochPoint(
+        epoch=int(line["epoch"]),
+        train_loss=float(line["train_loss"]),
+        val_loss=float(line["val_loss"]) if line["val_loss"] else None,
+        val_score=float(score) if score else None,
+        seconds=float(line["seconds"]),
+    )
+
+
+def _outcome(folder: Path, info: RunInfo) -> Outcome | str:
+    """The predictions of test, or of val where there is no test, summed up; else a sentence."""
+    try:
+        predictions = read_predictions(folder)
+        if predictions is None:
+            return "The run folder has no predictions, so there is nothing to say of single classes and samples."
+        split = "test" if "test" in predictions.splits else "val"
+        said = predictions.split(split)
+        return _summed(info, split, said.ids, said.rows)
+    except (RunError, ValueError, IndexError) as error:
+        return f"There is nothing to say of single classes and samples: {error}."
+
+
+def _summed(info: RunInfo, split: str, ids: Sequence[str], rows: TrialRows) -> Outcome:
+    names = info.class_names or tuple(str(number) for number in range(info.n_classes))
+    sum_up = {"class": single_label, "labels": many_labels, "token-class": token_classes}[info.target_kind]
+    return sum_up(split, names, ids, rows)

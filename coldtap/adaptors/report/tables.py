@@ -1,0 +1,69 @@
+"""What distinguishes the runs of a store, and which setting val chooses."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coldtap.adaptors.report.model import RunReport
+from coldtap.adaptors.report.wording import show_percent
+
+SEEDS = ("seed", "order_seed")
+
+
+def by_setting(runs: Sequence[RunReport]) -> list[tuple[RunReport, ...]]:
+    """Groups runs that differ by their seeds alone; the best mean val score first, those without val last."""
+    groups: dict[str, list[RunReport]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run.settings.items() if name not in SEEDS}
+        groups.setdefault(repr((run.adaptor, settings, dict(run.options))), []).append(run)
+    by_seed = [tuple(sorted(group, key=lambda run: run.settings["seed"])) for group in groups.values()]
+    return sorted(by_seed, key=lambda group: -(mean_score(group, "val") or 0.0))
+
+
+def mean_score(runs: Sequence[RunReport], split: str) -> float | None:
+    """The mean of the deciding score; None where a run has none on the split."""
+    scores = scores_on(runs, split)
+    return statistics.mean(scores) if scores else None
+
+
+def show_scores(runs: Sequence[RunReport], split: str) -> str:
+    """The mean score of the runs of a setting, with its standard deviation where there are several: `58.2 ± 0.4 %`."""
+    scores = scores_on(runs, split)
+    if len(scores) < 2:
+        return show_percent(scores[0] if scores else None)
+    return f"{100 * statistics.mean(scores):.1f} ± {show_percent(statistics.stdev(scores))}"
+
+
+def scores_on(runs: Sequence[RunReport], split: str) -> list[float]:
+    """The deciding score of each run on a split, as fractions; none where a run lacks it."""
+    return [run.splits[split].score for run in runs] if all(split in run.splits for run in runs) else []
+
+
+def differing_settings(runs: Sequence[RunReport]) -> list[dict[str, str]]:
+    """Returns, for each run, the settings that differ among all runs and the options that differ within its adaptor."""
+    settings = _differing([run.settings for run in runs])
+    if all(run.settings["order_seed"] == run.settings["seed"] for run in runs):
+        settings.discard("order_seed")  # nobody chose it apart
+    options = {
+        adaptor: _differing([run.options for run in runs if run.adaptor == adaptor])
+        for adaptor in {run.adaptor for run in runs}
+    }
+    return [
+        {name: _show(value) for name, value in run.options.items() if name in options[run.adaptor]}
+        | {name: _show(value) for name, value in run.settings.items() if name in settings}
+        for run in runs
+    ]
+
+
+def join_settings(settings: Mapping[str, str], *, without: Sequence[str] = ()) -> str:
+    """`rank=8, lr=0.001`."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items() if name not in without)
+
+
+def _differing(records: Sequence[Mapping[str, Any]]) -> set[str]:
+    names = {name for record in records for name in record}
+    return {name for name in names if len({repr(record.get(name)) for record in records}) > 1}
+
+
+def _show(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

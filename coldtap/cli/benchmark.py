@@ -1,0 +1,138 @@
+"""`coldtap benchmark FOLDER --adaptors … --out OUT`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from coldtap.cli.signals import sigterm_interrupts
+from coldtap.cli.sizes import show_bytes
+from coldtap.cli.train import parse_grid, parse_pairs
+from coldtap.stores.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
+
+if TYPE_CHECKING:
+    from coldtap.cli.benchmark_run import Benchmark
+
+
+def benchmark(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="Datasets: a .parquet file each, or a folder each, in the VTAB-1K layout or with class folders.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for stores, runs and tables: new, or one to go on with.")],
+    adaptors: Annotated[
+        str, typer.Option(help="With commas: linear, attentive, head2toe, mist, ladder, combo, last, or module:NAME.")
+    ] = "linear,mist,last",
+    sets: Annotated[str, typer.Option(help="Datasets to take, with commas. Default: all.")] = "",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help="vtab: fit on train, choose on val, fit the choice anew on both with every seed, test once. val: fit "
+            "with every seed, choose on val, test."
+        ),
+    ] = "vtab",
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            help="Values to try: of the training of all adaptors, such as lr=1e-3,4e-3, or of one, such as "
+            "last.rank=4,8; repeat it. Where it names no lr: a quarter of the adaptor's own, its own, 4 times its own.",
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of one adaptor, such as last.rank=8; repeat it.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Number of seeds of each result.")] = 3,
+    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
+    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
+    model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
+    ] = False,
+    tier: Annotated[str, typer.Option(help="Of the stores: float32, float16, bfloat16 or int8.")] = "float16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    jobs: Annotated[int, typer.Option(help="Cells trained at a time, each in a process of its own.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be cached and trained, write nothing.")
+    ] = False,
+) -> None:
+    """Train adaptors on a folder of datasets by one protocol, and print the table that a paper prints.
+
+    Each dataset is cached once. The table is OUT/table.txt, table.csv and table.html too. The same command goes on
+    after any interruption. A cell that fails says why in the table; the exit code is then that of the first error.
+    """
+    from coldtap.adaptors.planned import TrainingOptions
+    from coldtap.adaptors.results import table_text
+    from coldtap.cli.benchmark_cell import Rules
+    from coldtap.cli.benchmark_run import Benchmark, run_benchmark
+    from coldtap.cli.contenders import make_contenders
+    from coldtap.pipeline.sources.collection import find_datasets
+
+    training = TrainingOptions(epochs=epochs, batch_size=batch_size, weight_decay=weight_decay)
+    asked = Benchmark(
+        datasets=find_datasets(folder, _names(sets)),
+        contenders=make_contenders(
+            _names(adaptors),
+            parse_pairs(settings or [], flag="--set", example="last.rank=8"),
+            parse_grid(grid or []),
+            training,
+        ),
+        rules=Rules(protocol=protocol, seeds=seeds, training=training, device=device),
+        caching={
+            "model": model,
+            "checkpoint": checkpoint,
+            "random_weights": random_weights,
+            "tier": tier,
+            "device": device,
+        },
+        out=out,
+    )
+    _require_room(folder, out, jobs)
+    print("\n".join(asked.budget()))
+    with sigterm_interrupts():
+        if dry_run:
+            _forecast(asked)
+            return
+        table, exit_code = run_benchmark(asked, jobs=jobs)
+    print(f"\n{table_text(table)}\n{out}: table.txt, table.csv and table.html hold it too")
+    if exit_code:
+        raise typer.Exit(exit_code)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _require_room(folder: Path, out: Path, jobs: int) -> None:
+    if out.resolve().is_relative_to(folder.resolve()):
+        raise OptionError(f"--out {out} lies in {folder}, where it would be taken for a dataset: choose another folder")
+    if jobs < 1:
+        raise OptionError(f"--jobs {jobs}: give at least 1 process")
+
+
+def _forecast(asked: "Benchmark") -> None:
+    """Prints what each store would take."""
+    from coldtap.cli.benchmark_run import cache_dataset
+
+    for dataset in asked.datasets:
+        try:
+            report = cache_dataset(asked, dataset, dry_run=True)
+        except (InterruptedRunError, OptionError, ModelError):
+            raise
+        except ColdtapError as error:
+            print(f"{dataset}: cannot be cached: {error}")
+            continue
+        ahead = report.forecast
+        print(
+            f"{dataset}: {asked.store(dataset)} is complete, {report.n_rows} rows"
+            if ahead is None
+            else f"{dataset}: {ahead.n_rows} rows, {show_bytes(ahead.n_bytes)} to {asked.store(dataset)}"
+        )
+    print("nothing was written")
