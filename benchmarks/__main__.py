@@ -1,4 +1,4 @@
-"""`python -m benchmarks [extraction] [comparison] [memory] [reading] [opening] [--quick] [--json FILE]`."""
+"""`python -m benchmarks [extraction] [comparison] [memory] [reading] [opening] [trials] [--quick] [--json FILE]`."""
 
 import argparse
 import json
@@ -173,6 +173,19 @@ def _limit_table(records: Records) -> Table:
     return table
 
 
+def trials_table(records: Records) -> Table:
+    table = _table(
+        "16 trials that share batches against 16 solo runs: times as fast, median (least to greatest)",
+        ("adaptor", "epochs"),
+        ("whole calls", "their epochs", "(read once + 16 × compute) / epochs"),
+    )
+    for record in records:
+        columns = (record[name] for name in ("calls", "of_epochs", "of_goal"))
+        cells = (f"{median:.2f} ({least:.2f} – {most:.2f})" for median, least, most in columns)
+        table.add_row(record["adaptor"], str(record["epochs"]), *cells)
+    return table
+
+
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for position, column in enumerate(left + right):
@@ -187,6 +200,7 @@ def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records],
     from benchmarks.memory import measure_memory
     from benchmarks.opening import measure_opening
     from benchmarks.reading import measure_reading
+    from benchmarks.trials import measure_trials
 
     return {
         "extraction": (measure_extraction, extraction_table),
@@ -194,6 +208,7 @@ def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records],
         "memory": (measure_memory, memory_table),
         "reading": (measure_reading, reading_tables),
         "opening": (measure_opening, opening_tables),
+        "trials": (measure_trials, trials_table),
     }
 
 
@@ -202,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help="extraction, comparison (with LoRA), memory (50,000 images), reading, opening; default: extraction",
+        help="extraction (the default), comparison (with LoRA), memory (50,000 images), reading, opening, trials",
     )
     parser.add_argument("--quick", action="store_true", help="only see that they run: the numbers mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records too")

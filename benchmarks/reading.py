@@ -368,34 +368,24 @@ def _seconds(fit: Callable[[int], object], epoch: int) -> float:
 
 
 def _mist(path: Path, resident: bool, rounds: int) -> Callable[[int], float]:
-    """An epoch of train_adaptor, by its number."""
+    """An epoch of MIST's training, by its number."""
     import torch
 
     from coldtap.adaptors.batches import FeatureBatches
-    from coldtap.adaptors.fitting import Fitter
-    from coldtap.adaptors.networks.contract import copy_final_norm
-    from coldtap.adaptors.networks.kinds import adaptor_kind
-    from coldtap.adaptors.run_folder import RunSettings
+    from coldtap.adaptors.learner import Member, SideBySide
+    from coldtap.adaptors.planned import TrainingOptions, plan_trial
 
-    store, kind = open_store(path), adaptor_kind("mist")
-    spec, options = kind.plan(store, kind.options())
-    batches = FeatureBatches(store, spec, "train", batch_size=MIST_BATCH, resident=resident)
-    model = kind.build(spec, options, n_classes=store.n_classes())
-    copy_final_norm(model, store.norm)
-    settings = RunSettings(
-        adaptor="mist",
-        options={},
-        epochs=rounds + 1,
-        lr=kind.lr,
-        batch_size=MIST_BATCH,
-        weight_decay=0.05,
-        warmup=0.1,
-        seed=0,
-        store_digest=store.digest,
-        extractor_digest=store.recipe.extractor_digest,
-    )
-    fitter = Fitter(model, settings, torch.device("cpu"), n_batches=batches.n_batches)
-    return lambda epoch: fitter.fit_epoch(batches, epoch)
+    store, device = open_store(path), torch.device("cpu")
+    plan = plan_trial(store, "mist", TrainingOptions(batch_size=MIST_BATCH), {}, name="mist", folder=path)
+    batches = FeatureBatches(store, plan.features, "train", batch_size=MIST_BATCH, resident=resident)
+    network = plan.network(store, n_classes=batches.n_classes, device=device)
+    learner = SideBySide([Member(settings=plan.settings, network=network, is_random=False)], batches.task, device)
+
+    def fit(epoch: int) -> None:
+        for batch in batches.shuffled(seed=0, epoch=epoch):
+            learner.step(batch.features, batch.targets, [plan.settings.lr])
+
+    return fit
 
 
 WORKLOADS = (

@@ -68,7 +68,9 @@ def test_dict_of_splits():
     assert np.array_equal(decode_rgb(source.read(11)), picture(1))
 
 
-@pytest.mark.parametrize("target", [1, np.int64(1), np.array(1), torch.tensor(1), np.uint8(1), True])
+@pytest.mark.parametrize(
+    "target", [1, np.int64(1), np.array(1), np.array([1]), torch.tensor(1), torch.tensor([1]), np.uint8(1), True]
+)
 def test_targets_of_each_integer_kind(target):
     assert open_source([(picture(), 0), (picture(), target)] * 4).listing.targets == (0, 1) * 4
 

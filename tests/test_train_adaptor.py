@@ -292,7 +292,7 @@ def test_out_may_not_be_a_file(store, tmp_path):
 
 
 def test_a_loss_that_is_no_longer_finite_ends_the_run(store, tmp_path):
-    with pytest.raises(RunError, match=r"loss is (nan|inf) in epoch \d of 6, at lr=1e\+30: .*--lr 3e\+29"):
+    with pytest.raises(RunError, match=r"loss is (nan|inf) in epoch \d of 6, at lr=1e\+30: .*lr=3e\+29, into another"):
         train(store, tmp_path / "run", "mist", lr=1e30)
     assert not (tmp_path / "run" / "run.json").exists()
 

@@ -6,6 +6,7 @@ from coldtap.adaptors.loading import load_adaptor
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.networks.kinds import ADAPTORS
 from coldtap.adaptors.networks.options import option_defaults
+from coldtap.adaptors.onnx_export import OnnxExport, export_onnx
 from coldtap.adaptors.planned import TrainingOptions
 from coldtap.adaptors.protocol import ProtocolResult, mean_and_deviation, run_protocol
 from coldtap.adaptors.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
@@ -19,6 +20,7 @@ __all__ = [
     "EpochRecord",
     "FeatureBatches",
     "FeatureSpec",
+    "OnnxExport",
     "Progress",
     "ProtocolResult",
     "RunInfo",
@@ -28,6 +30,7 @@ __all__ = [
     "TrialResult",
     "Trials",
     "expand_grid",
+    "export_onnx",
     "load_adaptor",
     "mean_and_deviation",
     "option_defaults",

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from coldtap.adaptors.grid import TRAINING_KEYS, expand_grid, trial_settings
 from coldtap.adaptors.networks.kinds import ADAPTORS, adaptor_kind
+from coldtap.adaptors.networks.options import parse_options
 from coldtap.adaptors.planned import TrainingOptions
 from coldtap.stores.errors import OptionError
 
@@ -68,7 +69,9 @@ def make_contenders(
         if "lr" not in values:
             values = {"lr": [adaptor_kind(name).lr * factor for factor in RATE_FACTORS], **values}
         contender = Contender(adaptor=name, options=of_options[name], trials=tuple(expand_grid(values)))
-        trial_settings(name, adaptor_kind(name).options, contender.trials, training=training, options=contender.options)
+        known = adaptor_kind(name).options
+        parse_options(known, contender.options, adaptor=name)
+        trial_settings(name, known, contender.trials, training=training, options=contender.options)
         found.append(contender)
     return found
 

@@ -27,7 +27,9 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 32,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Run backbone and adaptor on new images: one CSV line an image, and the accuracy where labels are known.
+    """Run backbone and adaptor on new images: one CSV line an image, and the accuracy where classes are known.
+
+    Where images have several labels, those likelier than not are given, with | between them.
 
     A backbone whose extractor is not the one that the adaptor was trained on is refused.
     """
@@ -52,11 +54,12 @@ def predict(
                 bad += 1
                 write([listing.ids[index], "", "", "", result])
                 continue
-            label, probability = result
-            write([listing.ids[index], label, predictor.name_of(label), f"{probability:.4f}", ""])
-            if listing.targets is not None:
+            names = (predictor.name_of(label) for label in result.labels)
+            chances = (f"{probability:.4f}" for probability in result.probabilities)
+            write([listing.ids[index], *("|".join(map(str, part)) for part in (result.labels, names, chances)), ""])
+            if listing.targets is not None and predictor.info.target_kind == "class":
                 total += 1
-                right += predictor.is_right(label, listing, index)
+                right += predictor.is_right(result.labels[0], listing, index)
     if total:
         print(f"top-1 {right / total:.4f} on {total} labelled images", file=sys.stderr)
     if bad:

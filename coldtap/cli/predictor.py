@@ -16,11 +16,19 @@ from coldtap.pipeline.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.sources import Listing, Source
 from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.canonical import digest_of
-from coldtap.stores.errors import ModelError
+from coldtap.stores.errors import ModelError, OptionError
 from coldtap.stores.recipe import differing_fields
 from coldtap.stores.rows import Row
 
 N_DECODE_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What is said of one image: a class, or any number of labels, ascending; each with its probability."""
+
+    labels: tuple[int, ...]
+    probabilities: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +48,14 @@ class Predictor:
         Raises:
             RunError: the run cannot be read.
             ModelError: the backbone cannot be had, or its extractor is not the run's.
+            OptionError: the run answers for each token, not for an image.
         """
         adaptor, info = load_adaptor(run)
+        if info.target_kind == "token-class":
+            raise OptionError(
+                f"{run} answers for each token of an image, and predict writes one line an image: use load_adaptor "
+                "in Python"
+            )
         extractor = info.extractor
         backbone = load_backbone(
             model or info.model,
@@ -73,10 +87,8 @@ class Predictor:
         parts = [part.values.float() for part in gather(self.backbone(pixels), [spec])]
         return parts[0] if needed.gather == "sum" else torch.stack(parts, dim=1)
 
-    def predict(
-        self, images: Source, samples: Sequence[int], batch_size: int
-    ) -> Iterator[tuple[int, tuple[int, float] | str]]:
-        """(label, probability) of each sample, or why its image cannot be used."""
+    def predict(self, images: Source, samples: Sequence[int], batch_size: int) -> Iterator[tuple[int, Answer | str]]:
+        """What is said of each sample, or why its image cannot be used."""
         with ThreadPoolExecutor(N_DECODE_THREADS) as pool:
             decoder = Decoder(
                 source=images,
@@ -90,10 +102,23 @@ class Predictor:
             rows = [Row(number=i, sample=sample, split="test", view=0) for i, sample in enumerate(samples)]
             for batch in decoder.batches(rows):
                 with torch.inference_mode():
-                    likely = self.adaptor(self.features(torch.from_numpy(batch.pixels))).softmax(1).max(1)
-                found = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
-                for i, (row, result) in enumerate(zip(batch.rows, found, strict=True)):
+                    answers = self._answers(self.adaptor(self.features(torch.from_numpy(batch.pixels))))
+                for i, (row, result) in enumerate(zip(batch.rows, answers, strict=True)):
                     yield row.sample, batch.reasons.get(i, result)
+
+    def _answers(self, logits: Tensor) -> list[Answer]:
+        """The likeliest class of each sample, or where it may have several labels those likelier than not."""
+        if self.info.target_kind == "class":
+            probability, label = logits.softmax(1).max(1)
+            return [
+                Answer(labels=(i,), probabilities=(p,))
+                for i, p in zip(label.tolist(), probability.tolist(), strict=True)
+            ]
+        answers = []
+        for of_sample in logits.sigmoid().cpu():
+            labels = torch.nonzero(of_sample > 0.5).flatten().tolist()
+            answers.append(Answer(labels=tuple(labels), probabilities=tuple(of_sample[labels].tolist())))
+        return answers
 
     def name_of(self, label: int) -> str:
         """A class's name, or its number where names are not known."""

@@ -1,6 +1,6 @@
 """Any Python object that gives (image, target) by index: a torchvision data set, a list, a dict of splits.
 
-A target is an integer, or a sequence of integers where an image has any number of labels.
+A target is an integer (or an array of one), or a sequence of integers where an image has any number of labels.
 """
 
 import operator
@@ -252,9 +252,11 @@ def _as_target(value: Any) -> _Target | None:
     """An integer or a sequence of them as it is kept, NULL for None; None where it is neither."""
     if value is None:
         return NULL
-    if getattr(value, "ndim", 0) == 0:  # a tensor of one number would pass for that number
-        with suppress(TypeError):
-            return operator.index(value)
+    # An array of one number is a class, as MedMNIST has them; a list of one is a sample with one label.
+    if hasattr(value, "ndim") and np.size(value) == 1:
+        value = value.item()
+    with suppress(TypeError):
+        return operator.index(value)
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
         return None
     try:
