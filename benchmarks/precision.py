@@ -80,16 +80,15 @@ def run_trial(trial: Trial) -> Trial:
     """Trains; a run that an earlier call has finished with the same settings is only read."""
     from coldtap import train_adaptor
 
-    with sigterm_interrupts():
-        train_adaptor(
-            trial.store,
-            trial.adaptor,
-            out=trial.out,
-            lr=trial.lr,
-            seed=trial.seed,
-            epochs=trial.epochs,
-            settings=SETTINGS[trial.adaptor],
-        )
+    train_adaptor(
+        trial.store,
+        trial.adaptor,
+        out=trial.out,
+        lr=trial.lr,
+        seed=trial.seed,
+        epochs=trial.epochs,
+        settings=SETTINGS[trial.adaptor],
+    )
     return trial
 
 
@@ -257,7 +256,8 @@ def main() -> None:
         for name in CURVE_SETS:
             for kept in CURVE:
                 cache(data, work, name, kept, taps="last:1", gather=["layers", "sum"])
-        run_all(todo, arguments.jobs)
+        with sigterm_interrupts():
+            run_all(todo, arguments.jobs)
     results = finished(todo)
     pairs, points = [paired(results, work, names, adaptor) for adaptor in ("mist", "last")], curve(results, work)
     (work / "precision.json").write_text(json.dumps({"pairs": pairs, "curve": points}, indent=1))

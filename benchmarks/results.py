@@ -61,15 +61,14 @@ def lora_cell(task: LoraTask) -> Cell:
     from benchmarks.lora import Clock, lora_protocol
 
     seeds = range(N_SEEDS)
-    with sigterm_interrupts():
-        found = lora_protocol(
-            task.dataset,
-            rates=LEARNING_RATES,
-            seeds=seeds,
-            epochs=task.epochs,
-            out=task.out,
-            clock=Clock(total=len(LEARNING_RATES) + N_SEEDS),
-        )
+    found = lora_protocol(
+        task.dataset,
+        rates=LEARNING_RATES,
+        seeds=seeds,
+        epochs=task.epochs,
+        out=task.out,
+        clock=Clock(total=len(LEARNING_RATES) + N_SEEDS),
+    )
     return Cell(
         dataset=task.dataset.stem,
         adaptor=LORA,
@@ -120,9 +119,12 @@ def markdown(table: ResultTable) -> str:
     lines.append(_line(["bytes a sample", *(f"{size:,.0f}" if size else "–" for size in sizes)]))
     means = [statistics.mean(cell.seconds for cell in cells) if cells else 0 for cells in by_adaptor.values()]
     lines.append(_line(["seconds a set, all trainings", *(f"{mean:.0f}" for mean in means)]))
-    chosen = "; ".join(f"{cell.dataset} {cell.adaptor} {cell.chosen}" for cell in table.in_order() if not cell.failure)
-    failures = [f"- {reason}" for reason in table.failures()]
-    return "\n".join([*lines, "", f"Chosen on val: {chosen}.", *failures]) + "\n"
+    lines += ["", _line(["chosen on val", *table.adaptors]), _line(["---", *["--:"] * len(table.adaptors)])]
+    for row in table.rows():
+        cells = [table.cell(row.name, adaptor) for adaptor in table.adaptors]
+        lines.append(_line([row.name, *(cell.chosen if cell and not cell.failure else "–" for cell in cells)]))
+    lines += [f"- {reason}" for reason in table.failures()]
+    return "\n".join(lines) + "\n"
 
 
 def _line(parts: Sequence[str]) -> str:

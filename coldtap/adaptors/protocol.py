@@ -119,18 +119,14 @@ def run_protocol(
     seconds = _seconds([result.info for result in searched.results if result.info is not None])
     if two_stages:
         chosen = searched.chosen[0].setting
-        first = chosen.training
-        order = first.seed if first.order_seed is None else first.order_seed
+        order = chosen.training.order_seed
+        refits = [
+            replace(chosen, training=replace(chosen.training, seed=seed, order_seed=order, fit="train+val"))
+            for seed in range(chosen.training.seed, chosen.training.seed + seeds)
+        ]
         plans = [
-            plan_trial(
-                store,
-                adaptor,
-                replace(first, seed=seed, order_seed=order, fit="train+val"),
-                chosen.options,
-                name=f"seed={seed}",
-                folder=out / REFIT / f"seed={seed}",
-            )
-            for seed in range(first.seed, first.seed + seeds)
+            plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / REFIT / each.name)
+            for each in refits
         ]
         outcomes = train_planned(
             store,

@@ -12,7 +12,6 @@ from coldtap.adaptors.protocol import PROTOCOLS, run_protocol
 from coldtap.adaptors.results import Cell
 from coldtap.cli.contenders import Contender
 from coldtap.cli.epoch_lines import EpochLines
-from coldtap.cli.signals import sigterm_interrupts
 from coldtap.stores import open_store
 from coldtap.stores.errors import ColdtapError, InterruptedRunError, OptionError
 
@@ -91,24 +90,23 @@ def train_cell(task: CellTask, lines: EpochLines | None = None) -> Done:
     """Trains and tests; what was done before is only read. An error is the cell's, a stop everyone's.
 
     Raises:
-        InterruptedRunError: Ctrl-C or SIGTERM; what was done is kept.
+        InterruptedRunError: Ctrl-C; what was done is kept.
     """
     rules = task.rules
     try:
-        with sigterm_interrupts():
-            result = run_protocol(
-                task.store,
-                task.adaptor,
-                task.contender.trials,
-                protocol=rules.protocol,
-                out=task.out,
-                seeds=rules.seeds,
-                training=rules.training,
-                settings=task.contender.options,
-                device=rules.device,
-                progress=lines,
-                note=lines.note if lines else None,
-            )
+        result = run_protocol(
+            task.store,
+            task.adaptor,
+            task.contender.trials,
+            protocol=rules.protocol,
+            out=task.out,
+            seeds=rules.seeds,
+            training=rules.training,
+            settings=task.contender.options,
+            device=rules.device,
+            progress=lines,
+            note=lines.note if lines else None,
+        )
     except InterruptedRunError:
         raise
     except ColdtapError as error:

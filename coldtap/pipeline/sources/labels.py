@@ -108,8 +108,8 @@ def check_label_sets(
     for index, labels_of in enumerate(found):
         if len(set(labels_of)) < len(labels_of):
             raise SourceError(
-                f"{name}: a label stands twice at {place(index)}: {list(labels_of)}; wanted the numbers of its classes, "
-                "not a flag for each class"
+                f"{name}: a label stands twice at {place(index)}: {list(labels_of)}; wanted the numbers of its "
+                "classes, not a flag for each"
             )
         if labels_of and (labels_of[0] < 0 or labels_of[-1] >= n_classes):
             wrong = labels_of[0] if labels_of[0] < 0 else labels_of[-1]
