@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -18,9 +20,12 @@ from coldtap.adaptors.planned import TrainingOptions
 from coldtap.adaptors.results import Cell, ResultTable, Score, table_csv, table_html, table_text
 from coldtap.adaptors.results.vtab import GROUPS, vtab_name
 from coldtap.cli import benchmark_run
+from coldtap.cli.benchmark_cell import Rules
+from coldtap.cli.benchmark_run import Benchmark
 from coldtap.cli.contenders import make_contenders
 from coldtap.cli.epoch_lines import EpochLines
 from coldtap.pipeline.sources.collection import find_datasets
+from coldtap.stores import open_store
 from coldtap.stores.errors import OptionError, SourceError
 from tests.jobs import coldtap, error_line, files
 from tests.pictures import encoded, write_classes
@@ -106,6 +111,7 @@ def test_one_command_gives_the_table(finished):
     text = (out / "table.txt").read_text()
     assert text in result.stdout
     assert "mean of 2 datasets" in text
+    assert "over seeds of start and dropout, with one order of samples" in text
     assert "2 datasets × 2 adaptors, protocol vtab: 20 trainings of 3 epochs, 2 seeds" in result.stdout
     assert "mist: 3 settings: lr 0.0005, 0.002, 0.008" in result.stdout  # a quarter of its own, its own, four times it
     assert "[cell 4/4" in result.stderr
@@ -188,6 +194,89 @@ def test_sigterm_reaches_every_process_and_nothing_is_lost(finished, folder, tmp
     assert without_seconds(out) == without_seconds(finished[0])
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--epochs", 4), "training.epochs: 3 → 4. Choose another --out"),
+        (("--seeds", 1), "seeds: 2 → 1."),
+        (("--batch-size", 8, "--weight-decay", 0.1), "training.batch_size: 32 → 8; training.weight_decay: 0.05 → 0.1."),
+        (("--protocol", "val"), "protocol: vtab → val."),
+        (("--tier", "int8"), "caching.tier: float16 → int8."),
+        (("--model", "test_vit"), "caching.model: coldtap/vit-reference → test_vit."),
+        (("--random-weights",), "caching.random_weights: (absent) → True."),
+        (("--set", "mist.depth=1"), "adaptors.mist.options.depth: 6 → 1."),
+        (("--grid", "mist.lr=0.002,0.008"), "adaptors.mist.grid.lr: 0.0005, 0.002, 0.008 → 0.002, 0.008."),
+        (("--grid", "mist.rank=2,8"), "adaptors.mist.grid.rank: (absent) → 2, 8"),
+        (("--epochs", 4, "--dry-run"), "training.epochs: 3 → 4."),
+    ],
+)
+def test_other_rules_are_refused_and_nothing_changes(finished, folder, changed, message):
+    out, _ = finished
+    before = files(out)
+    result = coldtap("benchmark", folder, "--adaptors", "linear,mist", "--out", out, *QUICK, *changed)
+    assert result.exit_code == 9
+    assert f"{out} holds a benchmark of other rules: " in error_line(result)
+    assert message in error_line(result)
+    assert files(out) == before
+
+
+def test_a_call_may_ask_for_more_and_the_rules_grow(folder, tmp_path):
+    def call(*arguments, seeds=1):
+        command = ("benchmark", folder, "--out", tmp_path, "--epochs", 2, "--device", "cpu", "--protocol", "val")
+        result = coldtap(*command, "--seeds", seeds, *arguments)
+        assert result.exit_code == 0
+        return json.loads((tmp_path / "benchmark.json").read_text())
+
+    first = call("--sets", "apples", "--adaptors", "linear", "--grid", "lr=0.01")
+    assert (first["datasets"], first["seeds"]) == (["apples"], 1)
+    assert first["adaptors"]["linear"]["grid"] == {"lr": [0.01]}
+    runs = files(tmp_path / "runs")
+    grown = call("--adaptors", "head2toe,linear", "--grid", "lr=0.01,0.02", seeds=2)
+    assert (grown["datasets"], grown["seeds"], list(grown["adaptors"])) == (
+        ["apples", "pears"],
+        2,
+        ["head2toe", "linear"],
+    )
+    assert [len(line["test"].split()) for line in cells(tmp_path)] == [2, 2, 2, 2]
+    kept = {name for name, content in files(tmp_path / "runs").items() if runs.get(name) == content}
+    assert {name for name in runs if name.endswith("adaptor.safetensors")} <= kept
+    # A part of it is only read, and takes nothing back.
+    part = call("--sets", "pears", "--adaptors", "linear", "--grid", "lr=0.01,0.02", seeds=2)
+    assert part == grown
+    assert [line["dataset"] for line in cells(tmp_path)] == ["pears"]
+
+
+def test_damaged_rules_are_no_rules(finished, folder, tmp_path):
+    for content in (b"{", b"[]", b"{}"):
+        (tmp_path / "benchmark.json").write_bytes(content)
+        result = coldtap("benchmark", folder, "--adaptors", "linear", "--out", tmp_path, *QUICK)
+        assert result.exit_code == 9
+        assert "benchmark.json cannot be read" in error_line(result)
+
+
+def test_what_is_cached_follows_from_the_adaptors(folder, tmp_path):
+    def call(adaptors, *arguments):
+        command = ("benchmark", folder, "--sets", "apples", "--out", tmp_path, "--grid", "lr=0.01", *QUICK)
+        return coldtap(*command, "--adaptors", adaptors, *arguments)
+
+    assert call("linear").exit_code == 0
+    assert {array.gather for array in open_store(tmp_path / "stores/apples").arrays.values()} == {"pooled"}
+    result = call("linear,mist")
+    assert result.exit_code == 5
+    linear, mist = cells(tmp_path)
+    store = tmp_path / "stores/apples"
+    assert linear["mean"]
+    assert mist["failure"] == (
+        f"mist needs sum; {store} was cached for other adaptors and holds pooled: delete {store} and run the same command "
+        "again, or choose another --out"
+    )
+    shutil.rmtree(store)
+    assert call("linear,mist").exit_code == 0
+    assert {array.gather for array in open_store(store).arrays.values()} == {"pooled", "sum"}
+    assert call("linear").exit_code == 0  # a store with more than that is used as it is
+    assert {array.gather for array in open_store(store).arrays.values()} == {"pooled", "sum"}
+
+
 def test_a_dry_run_says_what_would_be_done(folder, tmp_path):
     result = coldtap("benchmark", folder, "--out", tmp_path / "out", "--dry-run", *QUICK)
     assert result.exit_code == 0
@@ -219,11 +308,12 @@ def test_a_cell_that_fails_says_why_and_the_others_go_on(folder, tmp_path):
 
 def test_what_a_store_cannot_give_ends_one_cell(folder, tmp_path):
     result = coldtap(
-        *("benchmark", folder, "--sets", "apples", "--adaptors", "linear,last", "--out", tmp_path),
+        *("benchmark", folder, "--sets", "apples", "--adaptors", "linear,mist,last", "--out", tmp_path),
         *("--model", "test_resnet", "--random-weights", "--grid", "lr=0.01", *QUICK),
     )
-    linear, last = cells(tmp_path)
+    linear, mist, last = cells(tmp_path)
     assert linear["mean"]
+    assert "use --adaptor linear, or a ViT backbone" in mist["failure"]  # such a network has no sum to cache either
     assert "use --adaptor linear, or a ViT backbone" in last["failure"]
     assert result.exit_code == 5
 
@@ -260,6 +350,8 @@ def test_what_is_asked_wrongly_is_said_before_anything_is_done(folder, tmp_path)
     assert "seeds=0" in refused("--seeds", 0)
     assert "epochs=0" in refused("--epochs", 0)
     assert "tier" in refused("--tier", "float12")
+    assert "leave patience out, or use --protocol val" in refused("--grid", "patience=2,3")
+    assert "--checkpoint none.safetensors: cannot be read" in refused("--checkpoint", "none.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -280,6 +372,37 @@ def test_what_is_asked_wrongly_is_said_before_anything_is_done(folder, tmp_path)
 def test_settings_are_checked_for_each_adaptor(options, grid, message):
     with pytest.raises(OptionError, match=message):
         make_contenders(["linear", "mist"], options, grid, TrainingOptions())
+
+
+@pytest.mark.parametrize(
+    ("adaptor", "options", "grid", "gathers"),
+    [
+        ("linear", {}, {}, {"pooled"}),
+        ("linear", {"linear.norm_at": "before"}, {}, {"layers"}),
+        ("linear", {}, {"linear.norm_at": ["before", "after"]}, {"layers", "pooled"}),
+        ("attentive", {}, {}, {"layers"}),
+        ("head2toe", {}, {}, {"pooled"}),
+        ("mist", {}, {}, {"sum"}),
+        ("ladder", {}, {}, {"layers"}),
+        ("combo", {}, {}, {"layers"}),
+        ("last", {}, {}, {"layers"}),
+    ],
+)
+def test_each_adaptor_says_which_gathers_it_reads(adaptor, options, grid, gathers):
+    (contender,) = make_contenders([adaptor], options, grid, TrainingOptions())
+    assert contender.gathers == gathers
+
+
+def test_patience_of_all_is_refused_too(tmp_path):
+    training = TrainingOptions(patience=2)
+    with pytest.raises(OptionError, match="leave patience out, or use --protocol val"):
+        Benchmark(
+            datasets={},
+            contenders=make_contenders(["linear"], {}, {}, training),
+            rules=Rules(protocol="vtab", seeds=1, training=training),
+            caching={},
+            out=tmp_path,
+        )
 
 
 def test_an_adaptors_own_grid_comes_before_that_of_all():
@@ -342,6 +465,20 @@ def test_means_are_taken_a_seed_each():
     assert mean.name == "mean of 2 datasets"
     assert mean.scores["linear"] == Score.of([0.3, 0.4])
     assert mean.scores["mist"] is None  # over fewer datasets it would compare with nothing
+
+
+def test_metrics_are_not_mixed_in_a_mean():
+    metrics = {"a": "top1", "b": "mAP", "c": "top1"}
+    cells_of = [
+        Cell(dataset=name, adaptor="linear", metric=metric, test=(score,), val=(0.5,))
+        for (name, metric), score in zip(metrics.items(), (0.2, 0.9, 0.4), strict=True)
+    ]
+    table = ResultTable(title="t", about=(), datasets=("a", "b", "c", "d"), adaptors=("linear",), cells=(*cells_of,))
+    means = [(row.name, row.metric, row.scores["linear"].mean) for row in table.means()]
+    assert means == [("mean of 2 of 4 datasets", "top1", pytest.approx(0.3)), ("mean of 1 of 4 datasets", "mAP", 0.9)]
+    assert "<small>mAP</small>" in table_html(table).split('class="means"')[1]
+    (mean,) = made({("a", "linear"): (0.1,), ("b", "linear"): (0.5,)}, adaptors=("linear",)).means()
+    assert (mean.name, mean.metric) == ("mean of 2 datasets", "top1")
 
 
 def test_group_means_weigh_groups_alike():

@@ -1,7 +1,9 @@
 """An adaptor as an ONNX file: the same logits without torch, metadata that say what to feed, nothing overwritten."""
 
+import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 import coldtap
+from coldtap import add_targets
 from coldtap.adaptors import load_adaptor, train_adaptor
 from coldtap.adaptors.networks.contract import copy_final_norm
 from coldtap.adaptors.networks.kinds import ADAPTORS
@@ -152,6 +155,7 @@ def test_the_metadata_say_what_to_feed(exported, run):
     assert (about["coldtap_version"], about["adaptor"]) == (coldtap.__version__, "linear")
     assert about["extractor_digest"] == info.extractor_digest
     assert json.loads(about["class_names"]) == ["ant", "bee", "cow"]
+    assert (about["target"], about["target_kind"]) == ("label", "class")
     assert json.loads(about["options"]) == dict(info.settings.options)
     assert json.loads(about["extractor"]) == dict(info.extractor)
     features = json.loads(about["features"])
@@ -165,15 +169,35 @@ def test_no_path_of_this_machine_is_in_the_file(exported):
         assert str(path).encode() not in data
 
 
-def test_the_example_of_the_documentation_runs(tmp_path, exported, run, store):
+@pytest.mark.parametrize("kind", ["class", "labels", "token-class"])
+def test_the_example_of_the_documentation_runs(tmp_path, store, kind):
+    names = ["ant", "bee", "cow"]
+    targets = {
+        "class": TARGETS,
+        "labels": [[number, (number + 1) % N_CLASSES] for number in TARGETS],
+        "token-class": [np.full(GEOMETRY.grid, number) for number in TARGETS],
+    }
+    shutil.copytree(store.path, tmp_path / "store")
+    of_samples = {f"sample-{number:03d}": target for number, target in enumerate(targets[kind])}
+    add_targets(tmp_path / "store", "more", of_samples, kind=kind, class_names=names)
+    run = tmp_path / "run"
+    train_adaptor(tmp_path / "store", "linear", out=run, epochs=1, batch_size=3, target="more", device="cpu")
+    assert run_coldtap("export", run, "--out", tmp_path / "adaptor.onnx").exit_code == 0
+    about = onnxruntime.InferenceSession(tmp_path / "adaptor.onnx").get_modelmeta().custom_metadata_map
+    assert (about["target"], about["target_kind"]) == ("more", kind)
     page = (Path(__file__).parents[1] / "docs/export.md").read_text()
     (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    info = load_adaptor(run)[1]
-    rows = store.rows("val")
-    np.save(tmp_path / "features.npy", read(store.arrays[info.features.array], rows)[:, list(info.features.taps)])
-    (tmp_path / "adaptor.onnx").symlink_to(exported[0])
+    module, info = load_adaptor(run)
+    values = read(store.arrays[info.features.array], store.rows("val"))[:, list(info.features.taps)]
+    np.save(tmp_path / "features.npy", values)
     ran = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"\[('(ant|bee|cow)'(, )?){6}\]\n", ran.stdout)
+    with torch.inference_mode():
+        logits = module(torch.from_numpy(values))
+    if kind == "labels":
+        expected = [[name for name, given in zip(names, row, strict=True) if given] for row in logits.sigmoid() > 0.5]
+    else:
+        expected = np.array(names)[logits.softmax(-1).argmax(-1)].tolist()
+    assert ast.literal_eval(ran.stdout) == expected
 
 
 def test_the_same_file_is_left_alone_and_another_one_is_not_overwritten(tmp_path, exported, run):

@@ -20,14 +20,17 @@ from coldtap.adaptors import read_run, train_adaptor
 from coldtap.adaptors.grid import expand_grid
 from coldtap.adaptors.planned import TrainingOptions
 from coldtap.adaptors.predictions import read_predictions
+from coldtap.adaptors.protocol import run_protocol
 from coldtap.adaptors.report import Thumbnails, read_report, render_page, wanted_images
 from coldtap.adaptors.report.costs import choose_split
 from coldtap.adaptors.report.matrix import confused_pairs, draw_matrix
 from coldtap.adaptors.report.outcome import many_labels, single_label, token_classes
 from coldtap.adaptors.report.page import MOST_IMAGE_BYTES, MOST_SECTIONS
+from coldtap.adaptors.report.refits import refit_of_best, refits_of
 from coldtap.adaptors.report.svg import fit_axis
-from coldtap.adaptors.report.tables import differing_settings
+from coldtap.adaptors.report.tables import best_setting, differing_settings
 from coldtap.adaptors.report.wording import show_bytes, show_count, show_percent, show_seconds
+from coldtap.adaptors.run_folder import read_epochs, write_failure
 from coldtap.adaptors.tallies import TrialRows
 from coldtap.adaptors.trials import train_trials
 from coldtap.stores import add_targets, open_store
@@ -223,6 +226,91 @@ def test_trials_that_failed_or_are_not_finished_are_listed_with_their_reason(run
     assert all(reason in _Tags(page_of(tmp_path / "runs")).text for reason in reasons)
 
 
+@pytest.fixture(scope="module")
+def protocol(store, tmp_path_factory):
+    """A search of two settings with one seed, and a refit of the chosen one with two; and what came of it."""
+    out = tmp_path_factory.mktemp("protocol") / "vtab"
+    grid = expand_grid({"rank": [1, 2]})
+    training = TrainingOptions(epochs=2, batch_size=6)
+    result = run_protocol(store, "mist", grid, protocol="vtab", out=out, seeds=2, training=training, device="cpu")
+    return out, result
+
+
+def test_of_a_protocol_the_search_is_drawn_on_val_and_the_refit_of_its_choice_is_named(protocol):
+    out, result = protocol
+    page = page_of(out)
+    text = " ".join(_Tags(page).text.replace("\xa0", " ").split())
+    chosen, mean, deviation = result.setting["rank"], np.mean(result.test), np.std(result.test, ddof=1)
+    said = f"{100 * mean:.1f} ± {100 * deviation:.1f} %"
+    assert f"Best on val: mist (rank={chosen}) with {100 * result.val[0]:.1f} %. " in text
+    assert f"Refitted on train and val, it reaches {said} on test (mean and standard deviation of 2 seeds)." in text
+    assert "2 runs: score on val against trainable parameters" in page
+    assert "no split in common" not in text
+    runs_table, refits_table = page.split('<table class="runs">')[1:]
+    assert runs_table.split("</table>")[0].count('-row"') == 2
+    (row,) = re.findall(r"<tr class=.*?</tr>", refits_table)
+    assert said in row.replace("\xa0", " ")
+    assert f"rank={chosen}" in row
+    anchor = re.search(r'<a href="#(run-\d+)">[^<]*%</a>', row).group(1)
+    assert f'id="{anchor}-row" class="best"' in runs_table
+    assert f'id="{anchor}">' in page
+
+
+def test_links_of_a_protocol_lead_somewhere(protocol):
+    tags = _Tags(page_of(protocol[0]))
+    ids = [attributes["id"] for _, attributes in tags.tags if "id" in attributes]
+    assert len(set(ids)) == len(ids)
+    assert {of["href"].removeprefix("#") for _, of in tags.tags if "href" in of} <= set(ids)
+
+
+def test_refits_without_their_search_are_named_and_none_is_chosen_on_test(protocol):
+    out, _ = protocol
+    text = " ".join(_Tags(page_of(out / "refit")).text.split())
+    assert "Best on val" not in text
+    assert "Refitted on train and val, mist reaches" in text
+    assert "not among these runs" in text
+    (store,) = read_report([out / "refit"]).stores
+    other = [
+        dataclasses.replace(run, folder=f"{run.folder}x", settings={**run.settings, "lr": 1.0}) for run in store.runs
+    ]
+    assert refit_of_best([], refits_of([*store.runs, *other])) is None
+
+
+def test_a_setting_of_which_a_seed_failed_is_not_the_best(protocol, tmp_path):
+    copy = Path(shutil.copytree(protocol[0], tmp_path / "vtab"))
+    first = read_report([copy]).runs[0]
+    settings = read_run(Path(first.folder)).settings
+    failed = dataclasses.replace(settings, seed=7)
+    write_failure(copy / "search" / "seed=7", failed, "the loss is nan", seconds=1.0)
+    (store,) = read_report([copy]).stores
+    assert [run.failed_seeds for run in store.runs if not run.is_refit] == [(), (7,)]
+    assert first.name in [run.name for run in store.runs if run.failed_seeds]
+    assert best_setting(store.runs)[0].name == store.runs[0].name != first.name
+    text = _Tags(page_of(copy)).text
+    assert f"Best on val: mist (rank={store.runs[0].options['rank']})" in text
+    assert "not to be chosen: seed 7 failed" in text
+    assert "it reaches" not in text  # the refit is of the other setting
+
+
+def test_no_setting_is_best_where_each_has_a_failed_seed(runs):
+    failed = [dataclasses.replace(run, failed_seeds=(3,)) for run in read_report([runs]).runs]
+    assert best_setting(failed) == ()
+
+
+def test_seconds_are_this_trials_share(runs):
+    (found,) = read_report([runs / "linear" / "lr=0.01,seed=0"]).runs
+    info = read_run(Path(found.folder))
+    assert found.n_sharing == info.trials > 1
+    assert found.seconds == info.seconds > 0
+
+
+@pytest.mark.parametrize("line", ["1,0.1,,0.5,0.5,1.0", "1,0.1,0.5", "x,0.1,0.5,0.5,0.5,1.0"])
+def test_a_damaged_table_of_epochs_is_refused(run, line):
+    (run / "epochs.csv").write_text(f"epoch,lr,train_loss,val_loss,val_score,seconds\n{line}\n")
+    with pytest.raises(RunError, match=r"epochs\.csv cannot be read"):
+        read_epochs(run)
+
+
 def test_trials_under_way_do_not_hide_those_that_are_finished(runs, tmp_path):
     shutil.copytree(runs / "linear", tmp_path / "linear")
     (tmp_path / "linear" / "checkpoint.safetensors").touch()
@@ -333,7 +421,7 @@ def test_damaged_predictions_are_said(run, tmp_path):
 
 def test_a_run_of_an_earlier_format_is_shown(run, tmp_path):
     record = json.loads((run / "run.json").read_text())
-    for name in ("target_kind", "metric", "trials", "epochs_done", "bytes_per_sample"):
+    for name in ("target_kind", "metric", "trials", "seconds", "bytes_per_sample"):
         record.pop(name, None)
     for name in ("order_seed", "target", "label_smoothing", "patience", "fit", "keep"):
         record["settings"].pop(name)
@@ -349,6 +437,7 @@ def test_a_run_of_an_earlier_format_is_shown(run, tmp_path):
     (found,) = read_report([run]).runs
     assert found.epochs[0].val_score is not None
     assert found.bytes_per_sample is None
+    assert found.seconds == pytest.approx(sum(record.seconds for record in read_epochs(run)))
     assert "kept: epoch" in page_of(run)
 
 
@@ -486,13 +575,14 @@ def test_of_very_many_runs_the_best_have_a_section_and_all_are_in_the_table(runs
     assert f"run {MOST_SECTIONS + 4}" in tags.text
 
 
-def test_scores_are_compared_on_a_split_that_all_have(runs):
+def test_scores_are_compared_on_val_where_there_is_one(runs):
     (run,) = read_report([runs / "mist"]).runs
     only_test = dataclasses.replace(run, splits={"test": run.splits["test"]})
     only_val = dataclasses.replace(run, splits={"val": run.splits["val"]})
     assert choose_split([run, only_val]) == "val"
-    assert choose_split([run, only_test]) == "test"
-    assert choose_split([only_val, only_test]) is None
+    assert choose_split([run, only_test]) == "val"
+    assert choose_split([only_test, only_test]) == "test"
+    assert choose_split([only_test, dataclasses.replace(run, splits={})]) is None
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ from coldtap.stores.errors import SourceError
 from tests.pictures import encoded, picture, write_classes
 
 
+INTEGER = {np.array: np.int64, torch.tensor: torch.int64}  # of an empty array too
+
+
 def pairs(count):
     return [(picture(number), number % 2) for number in range(count)]
 
@@ -68,11 +71,64 @@ def test_dict_of_splits():
     assert np.array_equal(decode_rgb(source.read(11)), picture(1))
 
 
-@pytest.mark.parametrize(
-    "target", [1, np.int64(1), np.array(1), np.array([1]), torch.tensor(1), torch.tensor([1]), np.uint8(1), True]
-)
+@pytest.mark.parametrize("target", [1, np.int64(1), np.array(1), torch.tensor(1), np.uint8(1), True])
 def test_targets_of_each_integer_kind(target):
     assert open_source([(picture(), 0), (picture(), target)] * 4).listing.targets == (0, 1) * 4
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_of_one_number_each_are_classes(array):
+    items = [(picture(number), array([number % 2])) for number in range(8)]
+    assert open_source(items).listing.targets == (0, 1) * 4
+    assert open_source([(image, target.reshape(1, 1)) for image, target in items]).listing.targets == (0, 1) * 4
+    column = np.array([number % 2 for number in range(8)])[:, None]  # as MedMNIST declares its own
+    assert open_source(Items(items, labels=column)).listing.targets == (0, 1) * 4
+    assert open_source(Items(items, labels=list(column))).listing.targets == (0, 1) * 4
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_arrays_of_several_lengths_are_sets_of_labels_those_of_one_too(array):
+    sets = [[0], [2, 1], [], [1]]
+    listing = open_source(
+        [(picture(number), array(labels, dtype=INTEGER[array])) for number, labels in enumerate(sets)]
+    )
+    assert listing.listing.label_sets == ((0,), (1, 2), (), (1,))
+    assert listing.listing.targets is None
+
+
+def test_lists_are_sets_of_labels_those_of_one_too():
+    assert open_source([(picture(number), [number % 2]) for number in range(4)]).listing.label_sets == ((0,), (1,)) * 2
+    mixed = [(picture(0), np.array([0])), (picture(1), (1,))]
+    assert open_source(mixed).listing.label_sets == ((0,), (1,))
+    assert (
+        open_source(Items([(picture(0), [0]), (picture(1), [1])], targets=list(np.array([[0], [1]])))).listing.targets
+        is None
+    )
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_flags_are_refused_and_numbers_of_one_width_are_not(array):
+    flags = [[1, 0, 1], [0, 0, 1], [0, 1, 0]]
+    refused(
+        [(picture(number), array(row)) for number, row in enumerate(flags)],
+        r"arrays of 3 numbers, all of them 0 or 1: flags, not numbers of classes; give np.flatnonzero\(target\) of each",
+    )
+    pairs_of = [[0, 1], [1, 2], [0, 2]]
+    source = open_source([(picture(number), array(row)) for number, row in enumerate(pairs_of)])
+    assert source.listing.label_sets == ((0, 1), (1, 2), (0, 2))
+
+
+@pytest.mark.parametrize("others", [1, np.int64(1), np.array(1)])
+def test_integers_beside_arrays_are_refused(others):
+    refused(
+        [(picture(0), np.array([0])), (picture(1), others)],
+        "target of item 1 is an integer, that of item 0 a sequence",
+    )
+
+
+@pytest.mark.parametrize("target", [np.array([0.5]), np.array(0.5), np.array([[0, 1]]), np.array(["a", "b"])])
+def test_arrays_of_something_else_are_refused(target):
+    refused([(picture(0), target)] * 2, "target of item 0 is a ndarray; wanted an integer, or a sequence of integers")
 
 
 def test_torchvision_and_torch_data_sets(tmp_path):

@@ -30,9 +30,9 @@ class TrialState:
     """One trial between two steps.
 
     `best` is the number of the epoch whose weights are kept, 0 before there are any. A trial learns no more once it has
-    `ended`, or where `failure` says why it cannot. `loss` is the sum of the samples' losses (nats) in the epoch that
-    is begun, as text, since it may be infinite. `tensors` holds `model.*`, `exp_avg.*`, `exp_avg_sq.*` (absent once it
-    learns no more) and `kept.*`.
+    `ended`, or where `failure` says why it cannot; `seconds` is its share of the epochs so far. `loss` is the sum of
+    the samples' losses (nats) in the epoch that is begun, as text, since it may be infinite. `tensors` holds `model.*`,
+    `exp_avg.*`, `exp_avg_sq.*` (absent once it learns no more) and `kept.*`.
     """
 
     settings: RunSettings
@@ -41,6 +41,7 @@ class TrialState:
     best: int
     ended: bool
     failure: str | None
+    seconds: float
     loss: str
     tensors: Mapping[str, torch.Tensor]
 

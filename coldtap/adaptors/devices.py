@@ -1,6 +1,6 @@
 """Which device trains, its memory, and random numbers that leave no trace in the caller's process."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -54,16 +54,3 @@ def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
         state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
         torch.manual_seed(int(state >> 1))
         yield
-
-
-def random_states(device: torch.device) -> dict[str, torch.Tensor]:
-    """Returns the states of the generators that `seeded` sets, by device type."""
-    states = {"cpu": torch.get_rng_state()}
-    return {**states, "cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
-
-
-def restore_random_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
-    """Sets generators back to what `random_states` gave; one that another device lacked stays as it is."""
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)

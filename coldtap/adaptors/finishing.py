@@ -1,5 +1,6 @@
 """The end of trials: what they keep is evaluated, for all in one pass over a split, and written to their folders."""
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from coldtap.adaptors.batches import FeatureBatches
 from coldtap.adaptors.checkpoint import TrialState
 from coldtap.adaptors.curves import draw_curves
 from coldtap.adaptors.devices import describe_device
-from coldtap.adaptors.learner import Member, Tensors
+from coldtap.adaptors.learner import Tensors
 from coldtap.adaptors.learners import make_learners
 from coldtap.adaptors.memory import peak_memory_bytes
 from coldtap.adaptors.planned import PlannedTrial
@@ -46,9 +47,9 @@ def evaluate(
     device = batches.device
     members = []
     for plan, values in zip(plans, weights, strict=True):
-        network = plan.network(store, n_classes=batches.n_classes, device=device)
-        network.load_state_dict(values)
-        members.append(Member(settings=plan.settings, network=network, is_random=plan.options.is_random))
+        member = plan.member(store, n_classes=batches.n_classes, device=device)
+        member.network.load_state_dict(values)
+        members.append(member)
     learners = make_learners(members, batches.task, device, row_shape=plans[0].features.row_shape)
     tallies = [
         batches.task.tally(n_trials=len(numbers), n_classes=batches.n_classes, device=device, keep_rows=True)
@@ -76,8 +77,8 @@ def write_trials(
     train: FeatureBatches,
     parameters: Sequence[int],
     trials: int,
-) -> list[RunInfo]:
-    """Evaluates finished trials and writes their folders; returns what each `run.json` says.
+) -> list[RunInfo | str]:
+    """Evaluates finished trials and writes their folders; returns what each `run.json` says, or why there is none.
 
     Args:
         store: The store.
@@ -90,9 +91,12 @@ def write_trials(
     """
     weights = [state.kept() for state in states]
     by_split = {split: evaluate(store, plans, weights, of) for split, of in batches.items()}
-    infos = []
+    ended: list[RunInfo | str] = []
     for number, (plan, state) in enumerate(zip(plans, states, strict=True)):
         evaluated = {split: found[number] for split, found in by_split.items()}
+        if bad := [split for split, found in evaluated.items() if not math.isfinite(found.metrics.loss)]:
+            ended.append(f"the {bad[0]} loss of the kept weights is not finite: train again with a lower lr")
+            continue
         data = save(weights[number])
         info = _info(
             store, plan, state, evaluated, train, parameters=parameters[number], trials=trials, sha256_=sha256(data)
@@ -103,8 +107,8 @@ def write_trials(
         predictions = {split: found.predictions for split, found in evaluated.items()}
         write_predictions(plan.folder, train.task.kind, predictions)
         write_run(plan.folder, info, weights=data, epochs=state.records, picture=picture)
-        infos.append(info)
-    return infos
+        ended.append(info)
+    return ended
 
 
 def add_split(folder: Path, info: RunInfo, split: str, evaluated: Evaluated) -> RunInfo:
@@ -150,7 +154,7 @@ def _info(
         adaptor_sha256=sha256_,
         mixing=None if train.mixing is None else str(train.mixing),
         trials=trials,
-        epochs_done=len(state.records),
+        seconds=state.seconds,
         bytes_per_sample=train.bytes_per_sample,
     )
 

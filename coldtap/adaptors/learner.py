@@ -20,11 +20,15 @@ FIRST_STEP_STREAM = 1  # random numbers of the start have stream 0, those of ste
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Member:
-    """A trial as a learner sees it: its settings and its network, on the device, with its start or its weights."""
+    """A trial as a learner sees it: its settings and its network, on the device, with its start or its weights.
+
+    `is_random` says that its steps draw random numbers, `can_stack` that its kind can be computed as one with others.
+    """
 
     settings: RunSettings
     network: nn.Module
     is_random: bool
+    can_stack: bool
 
 
 class Learner(Protocol):

@@ -1,7 +1,8 @@
 """A trained adaptor as one ONNX file, for devices that have neither torch nor coldtap.
 
 The file has one input, `features`, and one output, `logits`, both float32 and with a free batch axis. Its metadata
-says what to feed: which taps of which extractor, gathered how, in which order and shape; and the names of the classes.
+says what to feed: which taps of which extractor, gathered how, in which order and shape; what the logits mean; and the
+names of the classes.
 """
 
 import importlib
@@ -94,6 +95,8 @@ def metadata_of(info: RunInfo) -> dict[str, str]:
         "coldtap_version": __version__,
         "adaptor": info.settings.adaptor,
         "model": info.model,
+        "target": info.settings.target,
+        "target_kind": info.target_kind,
         "extractor_digest": info.extractor_digest,
         **{name: canonical_json(value).decode() for name, value in parts.items()},
     }

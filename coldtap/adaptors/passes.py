@@ -1,8 +1,10 @@
 """Trials to the end: finished ones are read, the rest share passes as far as their batches and the memory allow."""
 
-from collections.abc import Callable, Iterator, Sequence
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from itertools import batched
 from pathlib import Path
 
 import torch
@@ -10,15 +12,15 @@ import torch
 from coldtap.adaptors.batches import FeatureBatches
 from coldtap.adaptors.checkpoint import Checkpoint, TrialState, read_checkpoint, remove_checkpoint
 from coldtap.adaptors.finishing import write_trials
-from coldtap.adaptors.learner import Member
 from coldtap.adaptors.memory import available_memory_bytes
 from coldtap.adaptors.planned import PlannedTrial
 from coldtap.adaptors.run_folder import RunInfo, read_failure, read_run, require_equal, write_failure
 from coldtap.adaptors.shared_pass import Progress, SharedPass
-from coldtap.adaptors.stacked import can_stack, is_faster_stacked
-from coldtap.adaptors.trial_memory import forecast_trial, trials_that_fit
+from coldtap.adaptors.trial_memory import TrialMemory, forecast_trial, how_many_fit
 from coldtap.stores import Store
+from coldtap.stores.durable import machine_errors
 from coldtap.stores.errors import InterruptedRunError, RunError, SourceError
+from coldtap.stores.recipe_file import RECIPE
 
 type Note = Callable[[str], None]
 
@@ -27,13 +29,14 @@ type Note = Callable[[str], None]
 class Outcome:
     """How a trial has ended: `info` is what its run folder says, `failure` why there is none.
 
-    `resumed_after` is the number of epochs that an earlier, interrupted call had done; `was_finished` says that there
-    was nothing left to do.
+    `seconds` is its share of the time of the epochs; `resumed_after` is the number of epochs that an earlier,
+    interrupted call had done; `was_finished` says that there was nothing left to do.
     """
 
     plan: PlannedTrial
     info: RunInfo | None
     failure: str | None = None
+    seconds: float = 0.0
     resumed_after: int = 0
     was_finished: bool = False
 
@@ -68,46 +71,81 @@ def train_planned(
         SourceError: A split that is needed is missing, or has nothing to learn from.
         InterruptedRunError: Ctrl-C; what was done is kept.
     """
-    outcomes = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
-    left = [plan for plan in plans if plan.name not in outcomes]
-    checkpoint = read_checkpoint(out)
-    begun = _begun(checkpoint, left, out) if left else []
-    if not left:
-        remove_checkpoint(out)
     trainer = _Trainer(store, out, device, resident, test, progress, note or (lambda _: None), checkpoint_every_s)
-    waiting = [plan for plan in left if plan not in begun]
-    for group in ([begun] if begun else []) + _alike(waiting):
-        for outcome in trainer.train(group, checkpoint if group is begun else None):
-            outcomes[outcome.plan.name] = outcome
+    _make_folder(out)
+    with sole_writer(out):
+        outcomes = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
+        checkpoint = read_checkpoint(out)
+        begun = _begun(checkpoint, plans, out) if checkpoint else []
+        if all(plan.name in outcomes for plan in begun):  # the end came between their last folder and this file
+            remove_checkpoint(out)
+            begun = []
+        waiting = [plan for plan in plans if plan.name not in outcomes and plan not in begun]
+        for group in ([begun] if begun else []) + _alike(waiting):
+            for outcome in trainer.train(group, checkpoint if group is begun else None, outcomes):
+                outcomes[outcome.plan.name] = outcome
     return [outcomes[plan.name] for plan in plans]
+
+
+def _make_folder(out: Path) -> None:
+    """Makes the folder of a run, or of trials.
+
+    Raises:
+        RunError: It is a store, or a file.
+        MachineError: It cannot be made.
+    """
+    if (out / RECIPE).exists():
+        raise RunError(f"--out {out} is a store: choose a folder of its own for the run")
+    try:
+        with machine_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise RunError(f"--out {out} is a file, or lies in one: choose a folder") from error
+
+
+@contextmanager
+def sole_writer(out: Path) -> Iterator[None]:
+    """Holds a folder by flock(2), so that two trainings do not write into it at a time.
+
+    Raises:
+        RunError: Another process holds it.
+    """
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(folder)
+        raise RunError(f"another training writes into {out}: wait for it, stop it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        os.close(folder)
 
 
 def _ended_before(plan: PlannedTrial) -> Outcome | None:
     if (info := read_run(plan.folder)) is not None:
         require_equal(info.settings, plan.settings, plan.folder)
-        return Outcome(plan=plan, info=info, was_finished=True)
+        return Outcome(plan=plan, info=info, seconds=info.seconds, was_finished=True)
     if (failed := read_failure(plan.folder)) is not None:
-        require_equal(failed[0], plan.settings, plan.folder)
-        return Outcome(plan=plan, info=None, failure=failed[1], was_finished=True)
+        require_equal(failed.settings, plan.settings, plan.folder)
+        return Outcome(plan=plan, info=None, failure=failed.reason, seconds=failed.seconds, was_finished=True)
     return None
 
 
-def _begun(checkpoint: Checkpoint | None, left: Sequence[PlannedTrial], out: Path) -> list[PlannedTrial]:
-    """The trials that an interrupted call was at, in its order.
+def _begun(checkpoint: Checkpoint, plans: Sequence[PlannedTrial], out: Path) -> list[PlannedTrial]:
+    """The trials that an interrupted call was at, in its order; folders of some of them may be written already.
 
     Raises:
         RunError: They are not among those that were asked for.
     """
-    found = []
-    for state in checkpoint.trials if checkpoint else ():
-        plan = next((plan for plan in left if plan.settings == state.settings), None)
-        if plan is None:
-            alike = min(left, key=lambda plan: len(state.settings.differences(plan.settings)))
-            require_equal(state.settings, alike.settings, out)
-            raise RunError(
-                f"{out} holds the interrupted trial {state.name}, whose folder is finished: delete its checkpoint"
-            )
-        found.append(plan)
+    found: list[PlannedTrial] = []
+    for state in checkpoint.trials:
+        # Two names can stand for equal settings, as tap=-1 and tap=9.
+        alike = [plan for plan in plans if plan.settings == state.settings and plan not in found]
+        if not alike:
+            nearest = min(plans, key=lambda plan: len(state.settings.differences(plan.settings)))
+            require_equal(state.settings, nearest.settings, out)
+        found.append(next((plan for plan in alike if plan.name == state.name), alike[0]))
     return found
 
 
@@ -138,8 +176,13 @@ class _Trainer:
         self._store, self._out, self._device, self._resident = store, out, device, resident
         self._test, self._progress, self._note, self._every_s = test, progress, note, checkpoint_every_s
 
-    def train(self, plans: Sequence[PlannedTrial], checkpoint: Checkpoint | None) -> Iterator[Outcome]:
-        """Trains trials that can share batches, in as few passes as the memory allows."""
+    def train(
+        self, plans: Sequence[PlannedTrial], checkpoint: Checkpoint | None, done: Mapping[str, Outcome]
+    ) -> Iterator[Outcome]:
+        """Trains trials that can share batches, in as few passes as the memory allows.
+
+        Of those that are `done`, which go on only with others from a checkpoint, nothing is written again.
+        """
         _require_splits(self._store, plans[0])
         try:
             train = self._batches(plans[0], plans[0].settings.fit)
@@ -150,9 +193,11 @@ class _Trainer:
                 f"interrupted while {self._store.path} was read: run the same command again"
             ) from error
         self._tell(train, val)
-        at_once = len(plans) if checkpoint else self._at_once(plans, train)
-        for part in batched(plans, at_once):
-            yield from self._train_pass(part, train, val, checkpoint)
+        left = list(plans)
+        while left:
+            fitting = len(left) if checkpoint or len(left) == 1 else self._how_many_fit(left, train)
+            yield from self._train_pass(left[:fitting], train, val, checkpoint, done)
+            left = left[fitting:]
 
     def _batches(self, plan: PlannedTrial, split: str, *, resident: bool | None = None) -> FeatureBatches:
         settings = plan.settings
@@ -177,25 +222,26 @@ class _Trainer:
             shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
             self._note(f"no train sample has class {shown}, which other splits have: it cannot be learnt")
 
-    def _at_once(self, plans: Sequence[PlannedTrial], train: FeatureBatches) -> int:
-        """How many trials share a pass: as many as fit into memory."""
-        if len(plans) == 1:
-            return 1
-        network = plans[0].network(self._store, n_classes=train.n_classes, device=self._device)
-        row_shape = plans[0].features.row_shape
-        memory = forecast_trial(
-            network, row_shape, batch_size=train.batch_size, loss_of=lambda logits: logits.logsumexp(-1).mean()
-        )
-        member = Member(settings=plans[0].settings, network=network, is_random=plans[0].options.is_random)
-        stacked = is_faster_stacked(row_shape, self._device) and can_stack(member, member)
+    def _how_many_fit(self, plans: Sequence[PlannedTrial], train: FeatureBatches) -> int:
+        """How many trials, from the first on, share a pass: as many as fit into memory."""
+        with closing(train.shuffled(seed=0, epoch=1)) as batches:
+            batch = next(batches)
+            of: dict[object, TrialMemory] = {}
+            for plan in plans:
+                if (key := _shape_key(plan)) not in of:
+                    member = plan.member(self._store, n_classes=train.n_classes, device=self._device)
+                    row_shape = plan.features.row_shape
+                    of[key] = forecast_trial(member, train.task, batch, row_shape=row_shape, device=self._device)
+        trials = [of[_shape_key(plan)] for plan in plans]
         free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else available_memory_bytes()
-        fitting = trials_that_fit(memory, free=free, stacked=stacked)
-        together = "in one computation" if stacked else "one after the other on each batch"
+        fitting = how_many_fit(trials, free=free)
+        together = "in one computation" if trials[0].stacked else "one after the other on each batch"
         self._note(
-            f"{len(plans)} trials, {together}: a forecast of {memory.state / 1e6:.1f} MB each and "
-            f"{memory.step / 1e6:.1f} MB for a step; {min(fitting, len(plans))} at a time ({free / 1e6:.0f} MB free)"
+            f"{len(plans)} trials, {together}: a forecast of up to {max(trial.state for trial in trials) / 1e6:.1f} MB "
+            f"each and {max(trial.step for trial in trials) / 1e6:.1f} MB for a step; {fitting} at a time "
+            f"({free / 1e6:.0f} MB free)"
         )
-        return min(fitting, len(plans))
+        return fitting
 
     def _train_pass(
         self,
@@ -203,26 +249,46 @@ class _Trainer:
         train: FeatureBatches,
         val: FeatureBatches | None,
         checkpoint: Checkpoint | None,
+        done: Mapping[str, Outcome],
     ) -> list[Outcome]:
         shared = SharedPass(
             self._store, plans, out=self._out, train=train, val=val, device=self._device, checkpoint=checkpoint
         )
         states = shared.run(self._progress, checkpoint_every_s=self._every_s)
-        outcomes = self._finish(plans, states, shared)
+        outcomes = self._finish(plans, states, shared, done)
         remove_checkpoint(self._out)
         return outcomes
 
-    def _finish(self, plans: Sequence[PlannedTrial], states: Sequence[TrialState], shared: SharedPass) -> list[Outcome]:
-        """Writes the folder of each trial."""
-        numbers = [number for number, state in enumerate(states) if state.failure is None]
-        infos = self._write(plans, states, shared, numbers) if numbers else []
-        found = dict(zip(numbers, infos, strict=True))
+    def _finish(
+        self,
+        plans: Sequence[PlannedTrial],
+        states: Sequence[TrialState],
+        shared: SharedPass,
+        done: Mapping[str, Outcome],
+    ) -> list[Outcome]:
+        """Writes the folder of each trial that has none."""
+        failures = {plan.name: state.failure for plan, state in zip(plans, states, strict=True) if state.failure}
+        numbers = [n for n, plan in enumerate(plans) if plan.name not in failures and plan.name not in done]
+        written = self._write(plans, states, shared, numbers) if numbers else []
+        infos: dict[str, RunInfo] = {}
+        for number, ended in zip(numbers, written, strict=True):
+            if isinstance(ended, RunInfo):
+                infos[plans[number].name] = ended
+            else:
+                failures[plans[number].name] = ended
         for plan, state in zip(plans, states, strict=True):
-            if state.failure is not None and plan.folder != self._out:  # a run of its own may be tried again
-                write_failure(plan.folder, plan.settings, state.failure)
+            if plan.name in failures and plan.folder != self._out:  # a run of its own may be tried again
+                write_failure(plan.folder, plan.settings, failures[plan.name], seconds=state.seconds)
         return [
-            Outcome(plan=plan, info=found.get(number), failure=state.failure, resumed_after=shared.resumed_after)
-            for number, (plan, state) in enumerate(zip(plans, states, strict=True))
+            done.get(plan.name)
+            or Outcome(
+                plan=plan,
+                info=infos.get(plan.name),
+                failure=failures.get(plan.name),
+                seconds=state.seconds,
+                resumed_after=shared.resumed_after,
+            )
+            for plan, state in zip(plans, states, strict=True)
         ]
 
     def _write(
@@ -231,7 +297,7 @@ class _Trainer:
         states: Sequence[TrialState],
         shared: SharedPass,
         numbers: Sequence[int],
-    ) -> list[RunInfo]:
+    ) -> list[RunInfo | str]:
         """Evaluates the trials of these numbers and writes their folders."""
         splits = {} if shared.val is None else {"val": shared.val}
         if self._test and "test" in self._store.splits:
@@ -245,6 +311,11 @@ class _Trainer:
             parameters=[shared.parameters[number] for number in numbers],
             trials=len(plans),
         )
+
+
+def _shape_key(plan: PlannedTrial) -> object:
+    """What trials have in common whose networks are of one size."""
+    return (plan.settings.adaptor, tuple(plan.settings.options.items()))
 
 
 def _require_splits(store: Store, plan: PlannedTrial) -> None:
@@ -264,3 +335,5 @@ def _require_something_to_learn(store: Store, train: FeatureBatches, target: str
         names = store.class_names(target)
         name = names[present[0]] if names else present[0]
         raise SourceError(f"{store.path}: every train sample is of class {name!r}: there is nothing to tell apart")
+    if len(train.targets.unique(dim=0)) < 2:
+        raise SourceError(f"{store.path}: every train sample has the same {target!r}: there is nothing to tell apart")

@@ -10,6 +10,7 @@ from torch import nn
 
 from coldtap.adaptors.devices import seeded
 from coldtap.adaptors.epoch_order import SHUFFLES
+from coldtap.adaptors.learner import Member
 from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, copy_final_norm
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import (
@@ -76,6 +77,15 @@ class PlannedTrial:
     options: Any
     settings: RunSettings
 
+    def member(self, store: Store, *, n_classes: int, device: torch.device) -> Member:
+        """Builds the trial's network and says what a learner must know of it."""
+        return Member(
+            settings=self.settings,
+            network=self.network(store, n_classes=n_classes, device=device),
+            is_random=self.options.is_random,
+            can_stack=not self.kind.cannot_stack,
+        )
+
     def network(self, store: Store, *, n_classes: int, device: torch.device) -> nn.Module:
         """Builds the trial's network with its start, on the device."""
         with seeded(self.settings.seed, START_STREAM, device):
@@ -96,6 +106,7 @@ def plan_trial(
     kind = adaptor_kind(adaptor)
     settings = _for_target(store, kind, training.target, settings)
     features, options = kind.plan(store, parse_options(kind.options, settings, adaptor=adaptor))
+    _require_grid(store, training.target, features)
     run_settings = RunSettings(
         adaptor=adaptor,
         options=asdict(options),
@@ -118,6 +129,17 @@ def plan_trial(
     return PlannedTrial(name=name, folder=folder, kind=kind, features=features, options=options, settings=run_settings)
 
 
+def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:
+    """Refuses targets a token on another grid than that of the features."""
+    grid = store.target_grid(target)
+    if grid is not None and tuple(grid) != tuple(features.geometry.grid):
+        raise OptionError(
+            f"the targets {target!r} are of a grid of {grid[0]} × {grid[1]} tokens, the features of tap "
+            f"{features.taps[-1]} of one of {features.geometry.grid[0]} × {features.geometry.grid[1]}: choose another "
+            "tap with --set tap=N, or give targets of this grid"
+        )
+
+
 def _for_target(
     store: Store, kind: AdaptorKind[Any], target: str, settings: Mapping[str, object]
 ) -> Mapping[str, object]:
@@ -132,7 +154,8 @@ def _for_target(
         return settings
     if "pool" not in option_defaults(kind.options):
         raise OptionError(
-            f"adaptor {kind.name} answers once a sample; the targets {target!r} are one a token: use linear, mist, last"
+            f"adaptor {kind.name} answers once a sample, and the targets {target!r} are one a token: "
+            "use linear, mist, ladder or last"
         )
     if asked not in (None, "tokens"):
         raise OptionError(f"pool={asked}: the targets {target!r} are one a token: use pool=tokens, or leave it out")

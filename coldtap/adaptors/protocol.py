@@ -41,7 +41,7 @@ class ProtocolResult:
         runs: Folders of the tested runs, one a seed.
         parameters: Trainable ones.
         bytes_per_sample: Stored bytes that a sample's features take.
-        seconds: Of training, of all trials; of those that share a pass the pass is counted once.
+        seconds: Of the epochs of all trials, those that failed included.
     """
 
     metric: str
@@ -99,6 +99,10 @@ def run_protocol(
     if "test" not in store.splits:
         raise SourceError(f"{store.path} has no test split, which a protocol ends with: cache again with --split all")
     two_stages = protocol == "vtab"
+    if two_stages and (training.patience is not None or any("patience" in trial for trial in trials)):
+        raise OptionError(
+            "protocol=vtab keeps the last epoch, since its refit has no val to stop by: leave patience out"
+        )
     searched = train_trials(
         store,
         adaptor,
@@ -116,7 +120,7 @@ def run_protocol(
     )
     tested = [result.info for result in searched.chosen if result.info is not None]
     folders = [result.path for result in searched.chosen]
-    seconds = _seconds([result.info for result in searched.results if result.info is not None])
+    seconds = sum(result.seconds for result in searched.results)
     if two_stages:
         chosen = searched.chosen[0].setting
         order = chosen.training.order_seed
@@ -143,7 +147,7 @@ def run_protocol(
             raise RunError(f"{failed[0].plan.folder}: {failed[0].failure}")
         tested = [outcome.info for outcome in outcomes if outcome.info is not None]
         folders = [plan.folder for plan in plans]
-        seconds += _seconds(tested)
+        seconds += sum(outcome.seconds for outcome in outcomes)
     return _result(searched, tested, folders, seconds)
 
 
@@ -159,11 +163,6 @@ def _result(searched: Trials, tested: Sequence[RunInfo], folders: Sequence[Path]
         bytes_per_sample=first.bytes_per_sample,
         seconds=seconds,
     )
-
-
-def _seconds(infos: Sequence[RunInfo]) -> float:
-    """Seconds of trials' epochs, of which those that share a pass were measured together."""
-    return sum(info.epoch_seconds * info.epochs_done / info.trials for info in infos)
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -134,8 +134,8 @@ class RunInfo:
     `metric` names the deciding score; `class_names` is None where the source gave none; `mixing` says how far a block
     shuffle is from a uniform one; `model` is the backbone as the store's maker named it, a timm name with its
     pretrained tag, which the extractor's `architecture` leaves out; `trials` is the number of trials that shared
-    batches, seconds and memory with this one; `epochs_done` and `bytes_per_sample` (stored bytes of a sample's
-    features) are 0 in formats 1 and 2.
+    batches, seconds and memory with this one; `seconds` is its share of theirs; it and `bytes_per_sample` (stored
+    bytes of a sample's features) are 0 in formats 1 and 2.
     """
 
     settings: RunSettings
@@ -158,7 +158,7 @@ class RunInfo:
     adaptor_sha256: str
     mixing: str | None = None
     trials: int = 1
-    epochs_done: int = 0
+    seconds: float = 0.0
     bytes_per_sample: float = 0.0
 
     @property
@@ -211,23 +211,33 @@ def read_run(folder: Path) -> RunInfo | None:
     return None if record is None else _parsed(folder / RUN, RunInfo.from_dict, record)
 
 
-def read_failure(folder: Path) -> tuple[RunSettings, str] | None:
-    """Returns the settings of a trial that came to no end, and why; None where there is no `failed.json`.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """A trial that came to no end: why, and the seconds that it took."""
+
+    settings: RunSettings
+    reason: str
+    seconds: float
+
+
+def read_failure(folder: Path) -> Failure | None:
+    """Returns what `failed.json` says of a trial that came to no end; None where there is none.
 
     Raises:
         RunError: `failed.json` is of another format version, or damaged.
     """
     record = _read_json(folder / FAILED)
-    if record is None:
-        return None
-    return _parsed(
-        folder / FAILED, lambda failed: (RunSettings.from_dict(failed["settings"]), failed["reason"]), record
-    )
+    return None if record is None else _parsed(folder / FAILED, _failure, record)
 
 
-def write_failure(folder: Path, settings: RunSettings, reason: str) -> None:
+def _failure(record: Mapping[str, Any]) -> Failure:
+    settings = RunSettings.from_dict(record["settings"])
+    return Failure(settings=settings, reason=record["reason"], seconds=record["seconds"])
+
+
+def write_failure(folder: Path, settings: RunSettings, reason: str, *, seconds: float) -> None:
     """Writes why a trial came to no end."""
-    record = {"format": FORMAT, "reason": reason, "settings": dataclasses.asdict(settings)}
+    record = {"format": FORMAT, "reason": reason, "seconds": seconds, "settings": dataclasses.asdict(settings)}
     write_file(folder / FAILED, [readable_json(record)])
 
 
@@ -288,7 +298,7 @@ def epochs_csv(epochs: Sequence[EpochRecord]) -> bytes:
 
 
 def read_epochs(folder: Path) -> tuple[EpochRecord, ...]:
-    """Returns the epochs of a finished run.
+    """Returns the epochs of a finished run, of any readable format.
 
     Raises:
         RunError: `epochs.csv` is missing or damaged.
@@ -296,8 +306,18 @@ def read_epochs(folder: Path) -> tuple[EpochRecord, ...]:
     path = folder / EPOCHS
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.DictReader(file))
-        parsed = ({name: float(text) if text else None for name, text in line.items()} for line in lines)
-        return tuple(EpochRecord(**{**line, "epoch": int(line["epoch"] or 0)}) for line in parsed)  # type: ignore[arg-type]
+            return tuple(_epoch(line) for line in csv.DictReader(file))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} cannot be read ({error}): train again into another --out") from error
+
+
+def _epoch(line: Mapping[str, str]) -> EpochRecord:
+    score = line["val_score"] if "val_score" in line else line["val_top1"]  # formats 1 and 2
+    return EpochRecord(
+        epoch=int(line["epoch"]),
+        lr=float(line["lr"]),
+        train_loss=float(line["train_loss"]),
+        val_loss=float(line["val_loss"]) if line["val_loss"] else None,
+        val_score=float(score) if score else None,
+        seconds=float(line["seconds"]),
+    )

@@ -12,7 +12,7 @@ import torch
 
 from coldtap.adaptors.batches import Batch, FeatureBatches
 from coldtap.adaptors.checkpoint import Checkpoint, TrialState, write_checkpoint
-from coldtap.adaptors.learner import Learner, Member, Tensors
+from coldtap.adaptors.learner import Learner, Tensors
 from coldtap.adaptors.learners import make_learners
 from coldtap.adaptors.optimizer import learning_rate_at
 from coldtap.adaptors.planned import PlannedTrial
@@ -39,6 +39,7 @@ class _Trial:
     kept: Tensors = field(default_factory=dict)
     ended: bool = False
     failure: str | None = None
+    seconds: float = 0.0
 
     @property
     def settings(self) -> RunSettings:
@@ -85,14 +86,7 @@ class SharedPass:
         self._epochs, self._batches, self.steps, self._seconds, self._last_seconds = 0, 0, 0, 0.0, 0.0
         self._rates = [0.0] * len(plans)
         self._losses = torch.zeros(len(plans), dtype=torch.float64, device=device)
-        members = [
-            Member(
-                settings=plan.settings,
-                network=plan.network(store, n_classes=train.n_classes, device=device),
-                is_random=plan.options.is_random,
-            )
-            for plan in plans
-        ]
+        members = [plan.member(store, n_classes=train.n_classes, device=device) for plan in plans]
         self.parameters = [sum(p.numel() for p in member.network.parameters()) for member in members]
         self._learners = make_learners(members, train.task, device, row_shape=plans[0].features.row_shape)
         self.last = checkpoint
@@ -156,9 +150,11 @@ class SharedPass:
         val = self._evaluate()
         self._last_seconds = time.perf_counter() - began
         self._epochs, self._batches, self._seconds = epoch, 0, 0.0
+        learning = sum(len(numbers) for _, numbers in self._learners)
         for learner, numbers in self._learners:
             for place, number in enumerate(numbers):
-                self._end_epoch(number, epoch, train_losses[number], val.get(number), learner, place)
+                loss = train_losses[number]
+                self._end_epoch(number, epoch, loss, val.get(number), learner, place, learning=learning)
         self._drop_ended()
 
     def _step(self, batch: Batch) -> None:
@@ -203,9 +199,12 @@ class SharedPass:
         val: tuple[float, float] | None,
         learner: Learner,
         place: int,
+        *,
+        learning: int,
     ) -> None:
         trial = self._trials[number]
         settings = trial.settings
+        trial.seconds += self._last_seconds / learning
         for loss, what in ((train_loss, "training"), (val[0] if val else 0.0, "val")):
             if not math.isfinite(loss):
                 trial.failure = _divergence(settings, loss, what, epoch)
@@ -224,6 +223,9 @@ class SharedPass:
         trial.ended = stalled or epoch == settings.epochs
         if best == epoch and (settings.keep == "best" or trial.ended):
             trial.best, trial.kept = epoch, learner.weights(place)
+            if not all(value.isfinite().all() for value in trial.kept.values()):
+                # With val its loss has said so; without val nothing has looked at the weights after the last step.
+                trial.failure = _divergence(settings, math.nan, "training", epoch)
 
     def _drop_ended(self) -> None:
         """Goes on with the trials that still learn."""
@@ -263,6 +265,7 @@ class SharedPass:
                     best=trial.best,
                     ended=trial.ended,
                     failure=trial.failure,
+                    seconds=trial.seconds,
                     # A loss that is not finite is a failure once its epoch has ended; JSON has no such number.
                     loss=repr(losses[number]),
                     tensors=tensors[number],
@@ -280,7 +283,7 @@ class SharedPass:
         self.steps, self._seconds = checkpoint.steps, checkpoint.seconds
         for trial, state in zip(self._trials, checkpoint.trials, strict=True):
             trial.records, trial.best, trial.kept = state.records, state.best, state.kept()
-            trial.ended, trial.failure = state.ended, state.failure
+            trial.ended, trial.failure, trial.seconds = state.ended, state.failure, state.seconds
         self._losses.copy_(torch.tensor([float(state.loss) for state in checkpoint.trials], dtype=torch.float64))
         self._drop_ended()
         for learner, numbers in self._learners:

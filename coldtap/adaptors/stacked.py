@@ -17,14 +17,21 @@ CPU_STACK_VALUES = 8192
 
 
 def can_stack(a: Member, b: Member) -> bool:
-    """Whether two trials may be computed as one: equal shapes and losses, and nothing but their weights differs."""
+    """Whether two trials may be computed as one: equal shapes, losses and buffers; only weights and rates differ."""
     return (
         a.settings.adaptor == b.settings.adaptor
         and a.settings.options == b.settings.options
         and a.settings.label_smoothing == b.settings.label_smoothing
+        and a.can_stack
         and not a.is_random
         and not isinstance(a.network, Penalised | EpochAware)
+        and _equal_buffers(a, b)
     )
+
+
+def _equal_buffers(a: Member, b: Member) -> bool:
+    pairs = zip(a.network.named_buffers(), b.network.named_buffers(), strict=True)
+    return all(mine == theirs and torch.equal(values, others) for (mine, values), (theirs, others) in pairs)
 
 
 def is_faster_stacked(row_shape: Sequence[int], device: torch.device) -> bool:

@@ -15,9 +15,7 @@ from coldtap.adaptors.planned import TrainingOptions, plan_trial
 from coldtap.adaptors.run_folder import Fit, Keep, RunInfo
 from coldtap.adaptors.shared_pass import Progress
 from coldtap.stores import Store, open_store
-from coldtap.stores.durable import machine_errors
 from coldtap.stores.errors import RunError
-from coldtap.stores.recipe_file import RECIPE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +110,6 @@ def train_adaptor(
         keep=keep,
     )
     plan = plan_trial(store, adaptor, training, settings or {}, name=out.name, folder=out)
-    make_folder(out)
     outcome = train_planned(
         store,
         [plan],
@@ -131,19 +128,3 @@ def train_adaptor(
     return RunResult(
         path=out, info=outcome.info, resumed_after=outcome.resumed_after, was_finished=outcome.was_finished
     )
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder of a run, or of trials.
-
-    Raises:
-        RunError: It is a store, or a file.
-        MachineError: It cannot be made.
-    """
-    if (out / RECIPE).exists():
-        raise RunError(f"--out {out} is a store: choose a folder of its own for the run")
-    try:
-        with machine_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunError(f"--out {out} is a file, or lies in one: choose a folder") from error

@@ -6,9 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from coldtap.adaptors.batches import Batch
+from coldtap.adaptors.learner import Member, SideBySide
+from coldtap.adaptors.stacked import Stacked, can_stack, is_faster_stacked
+from coldtap.adaptors.tasks import Task
 
 # Copies of a trial's parameters: weights, gradients and two moments; those of a checkpoint but the gradients; the kept.
 COPIES = 4 + 3 + 1
@@ -18,10 +22,14 @@ TRIALS_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialMemory:
-    """Bytes of one trial: its `state`, which it has all the time, and the most that a `step` takes beside it."""
+    """Bytes of one trial: its `state`, which it has all the time, and the most that its `step` takes beside it.
+
+    Steps of trials that are `stacked` are made together, those of others one after the other.
+    """
 
     state: int
     step: int
+    stacked: bool
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -33,15 +41,13 @@ class _LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = {v.untyped_storage()._cdata for v in tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
+            # A view, or a result in place, is of memory that is there already.
+            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in given:
                 self._add(value.untyped_storage())
         return result
-
-    def ignore(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Leaves out what is there already."""
-        self._known.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
@@ -58,36 +64,46 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def forecast_trial(
-    network: nn.Module, row_shape: Sequence[int], *, batch_size: int, loss_of: Callable[[torch.Tensor], torch.Tensor]
+    member: Member, task: Task, batch: Batch, *, row_shape: Sequence[int], device: torch.device
 ) -> TrialMemory:
-    """Forecasts what one trial takes, from a step on a batch of noise, without changing its network.
+    """Forecasts what one trial takes, from one step in the way in which it would be trained.
 
     Args:
-        network: The trial's network.
+        member: The trial; its network is not used afterwards, since it has made a step.
+        task: What is learnt.
+        batch: A batch of the size of the training's.
         row_shape: Shape of one sample's features.
-        batch_size: Samples a batch.
-        loss_of: Logits to one number.
+        device: That trains.
     """
-    parameters = list(network.parameters())
-    device = parameters[0].device
+    stacked = is_faster_stacked(row_shape, device) and can_stack(member, member)
+    parameters = list(member.network.parameters())
+    learner = Stacked([member, member], task, device) if stacked else SideBySide([member], task, device)
+    trials = 2 if stacked else 1
+    peak = _peak_of(lambda: learner.step(batch.features, batch.targets, [0.0] * trials), device)
+    state = COPIES * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return TrialMemory(state=state, step=peak // trials, stacked=stacked)
+
+
+def _peak_of(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that a step has at a time, of those that it makes itself."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     counter = _LiveBytes()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        features = torch.randn(batch_size, *row_shape, device=device)
-        counter.ignore([features, *parameters, *network.buffers()])
-        with counter:
-            torch.autograd.grad(loss_of(network.train()(features)), parameters, allow_unused=True)
-    return TrialMemory(state=COPIES * sum(p.numel() * p.element_size() for p in parameters), step=counter.peak)
+    with counter:
+        step()
+    return counter.peak
 
 
-def trials_that_fit(trial: TrialMemory, *, free: int, stacked: bool) -> int:
-    """Returns how many trials of a size fit into free memory at a time: one at least.
-
-    Args:
-        trial: What one takes.
-        free: Bytes that may still be taken.
-        stacked: Whether they make their steps together, not one after the other.
-    """
-    left = TRIALS_SHARE * free
-    if stacked:
-        return max(1, int(left // (trial.state + trial.step)))
-    return max(1, int((left - trial.step) // max(1, trial.state)))
+def how_many_fit(trials: Sequence[TrialMemory], *, free: int) -> int:
+    """Returns how many trials, from the first on, fit into free memory (bytes) at a time: one at least."""
+    states = together = largest = 0
+    for number, trial in enumerate(trials):
+        states += trial.state
+        together += trial.step if trial.stacked else 0
+        largest = max(largest, 0 if trial.stacked else trial.step)
+        if states + together + largest > TRIALS_SHARE * free:
+            return max(1, number)
+    return len(trials)

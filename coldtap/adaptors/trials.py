@@ -20,7 +20,6 @@ from coldtap.adaptors.planned import PlannedTrial, TrainingOptions, plan_trial
 from coldtap.adaptors.run_folder import ADAPTOR, RunInfo, read_epochs
 from coldtap.adaptors.shared_pass import Progress
 from coldtap.adaptors.text_table import text_table
-from coldtap.adaptors.training import make_folder
 from coldtap.stores import Store, open_store
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import RunError
@@ -31,12 +30,16 @@ PICTURE = "trials.png"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """A trial that has ended: its setting and folder, and `info`, or the reason why there is none."""
+    """A trial that has ended: its setting and folder, and `info`, or the reason why there is none.
+
+    `seconds` is its share of the time of the epochs that it had in common with others.
+    """
 
     setting: TrialSetting
     path: Path
     info: RunInfo | None
     failure: str | None
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,6 @@ def train_trials(
         plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / each.name)
         for each in asked
     ]
-    make_folder(out)
     outcomes = train_planned(
         store,
         plans,
@@ -122,7 +124,13 @@ def train_trials(
         checkpoint_every_s=checkpoint_every_s,
     )
     results = [
-        TrialResult(setting=setting, path=outcome.plan.folder, info=outcome.info, failure=outcome.failure)
+        TrialResult(
+            setting=setting,
+            path=outcome.plan.folder,
+            info=outcome.info,
+            failure=outcome.failure,
+            seconds=outcome.seconds,
+        )
         for setting, outcome in zip(asked, outcomes, strict=True)
     ]
     chosen = choose(results)
@@ -133,7 +141,8 @@ def train_trials(
     write_file(out / TABLE, [table_csv(results, chosen)])
     write_file(out / PICTURE, [_picture(results, chosen, title=f"{adaptor} on {store.path.name}")])
     if not chosen:
-        raise RunError(f"no trial has come to a result; {out / TABLE} says why each: {results[0].failure}")
+        reason = next(result.failure for result in results if result.failure is not None)
+        raise RunError(f"every setting has a trial without a result; {out / TABLE} says why; the first: {reason}")
     return Trials(path=out, results=tuple(results), chosen=tuple(results[number] for number in chosen))
 
 
@@ -193,7 +202,7 @@ def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[l
         return result.info is None, -val_score(result) if result.info else 0.0
 
     keys = list(dict.fromkeys(key for result in results for key in result.setting.varied))
-    header = [*keys, "seed", "val", "test", "epoch", "parameters", "epoch_seconds", "chosen", "failure"]
+    header = [*keys, "seed", "val", "test", "epoch", "parameters", "seconds", "chosen", "failure"]
     lines = []
     for number in sorted(range(len(results)), key=rank):
         result, info = results[number], results[number].info
@@ -201,8 +210,13 @@ def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[l
         if info is None:
             lines.append([*setting, *[""] * 6, result.failure])
             continue
-        scores = [f"{info.metrics[split].score:.4f}" if split in info.metrics else "" for split in ("val", "test")]
-        cost = [info.best_epoch, info.parameters, f"{info.epoch_seconds:.3f}"]
+        # A grid that has grown may have chosen another setting before: what is not chosen now shows no test score.
+        shown = ("val", "test") if number in chosen else ("val",)
+        scores = [
+            f"{info.metrics[split].score:.4f}" if split in shown and split in info.metrics else ""
+            for split in ("val", "test")
+        ]
+        cost = [info.best_epoch, info.parameters, f"{result.seconds:.2f}"]
         lines.append([*setting, *scores, *cost, "yes" if number in chosen else "", ""])
     return header, [[str(cell) for cell in line] for line in lines]
 

@@ -65,8 +65,9 @@ def benchmark(
 ) -> None:
     """Train adaptors on a folder of datasets by one protocol, and print the table that a paper prints.
 
-    Each dataset is cached once. The table is OUT/table.txt, table.csv and table.html too. The same command goes on
-    after any interruption. A cell that fails says why in the table; the exit code is then that of the first error.
+    Each dataset is cached once, with what the adaptors read. The table is OUT/table.txt, table.csv and table.html too.
+    The same command goes on after any interruption; OUT keeps its rules, and one that asks for more datasets, adaptors,
+    values or seeds adds to it. A cell that fails says why in the table; the exit code is then that of the first error.
     """
     from coldtap.adaptors.planned import TrainingOptions
     from coldtap.adaptors.results import table_text
@@ -119,8 +120,10 @@ def _require_room(folder: Path, out: Path, jobs: int) -> None:
 
 def _forecast(asked: "Benchmark") -> None:
     """Prints what each store would take."""
+    from coldtap.cli.benchmark_rules import settled_rules
     from coldtap.cli.benchmark_run import cache_dataset
 
+    settled_rules(asked)
     for dataset in asked.datasets:
         try:
             report = cache_dataset(asked, dataset, dry_run=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldtap.adaptors.devices import choose_device
+from coldtap.adaptors.networks.contract import arrays_of, describe_gathers, refuse_stage_network
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options, require_at_least
 from coldtap.adaptors.planned import TrainingOptions
@@ -13,7 +14,8 @@ from coldtap.adaptors.results import Cell
 from coldtap.cli.contenders import Contender
 from coldtap.cli.epoch_lines import EpochLines
 from coldtap.stores import open_store
-from coldtap.stores.errors import ColdtapError, InterruptedRunError, OptionError
+from coldtap.stores.arrays import GATHERS
+from coldtap.stores.errors import ColdtapError, InterruptedRunError, MissingFeaturesError, OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,22 @@ def failed_cell(dataset: str, adaptor: str, error: ColdtapError) -> Done:
     return Done(cell=Cell(dataset=dataset, adaptor=adaptor, failure=reason), exit_code=error.exit_code)
 
 
+def _advised(task: CellTask, error: MissingFeaturesError) -> MissingFeaturesError:
+    """Says what to do about a store that an earlier call cached for other adaptors."""
+    store = open_store(task.store)
+    lacking = [gather for gather in GATHERS if gather in task.contender.gathers and not arrays_of(store, gather)]
+    try:
+        refuse_stage_network(store, adaptor=task.adaptor)
+    except MissingFeaturesError:  # no store of this backbone has a sum
+        return error
+    if not lacking:
+        return error
+    return MissingFeaturesError(
+        f"{task.adaptor} needs {', '.join(lacking)}; {store.path} was cached for other adaptors and holds "
+        f"{describe_gathers(store)}: delete {store.path} and run the same command again, or choose another --out"
+    )
+
+
 def train_cell(task: CellTask, lines: EpochLines | None = None) -> Done:
     """Trains and tests; what was done before is only read. An error is the cell's, a stop everyone's.
 
@@ -109,6 +127,8 @@ def train_cell(task: CellTask, lines: EpochLines | None = None) -> Done:
         )
     except InterruptedRunError:
         raise
+    except MissingFeaturesError as error:
+        return failed_cell(task.dataset, task.adaptor, _advised(task, error))
     except ColdtapError as error:
         return failed_cell(task.dataset, task.adaptor, error)
     cell = Cell(

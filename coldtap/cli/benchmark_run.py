@@ -1,7 +1,8 @@
 """A benchmark from its images to its table: every dataset is cached once, then every adaptor trained on each.
 
-    OUT/stores/NAME            the features of a dataset
-    OUT/runs/NAME/ADAPTOR      its trials and run folders
+    OUT/benchmark.json           the rules that all calls share
+    OUT/stores/NAME              the features of a dataset, of the gathers that its adaptors read
+    OUT/runs/NAME/ADAPTOR        its trials and run folders
     OUT/table.txt, .csv, .html   as far as cells are done
 
 A cell that fails says why in the table and the others go on. Called again, all that is done is read.
@@ -13,17 +14,23 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from coldtap.adaptors.results import ResultTable, Score, table_csv, table_html, table_text
+from coldtap.adaptors.results import DEVIATIONS, ResultTable, Score, table_csv, table_html, table_text
 from coldtap.cli.benchmark_cell import CellTask, Done, Rules, failed_cell, train_cell
+from coldtap.cli.benchmark_rules import settled_rules, write_rules
 from coldtap.cli.contenders import Contender
 from coldtap.cli.epoch_lines import EpochLines
 from coldtap.cli.processes import in_processes
 from coldtap.cli.progress import JobProgress
 from coldtap.cli.sizes import show_seconds
+from coldtap.stores.arrays import GATHERS
 from coldtap.stores.durable import machine_errors, write_file
 from coldtap.stores.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
+from coldtap.stores.recipe_file import read_recipe
+
+if TYPE_CHECKING:
+    from coldtap.pipeline.report import CacheReport
 
 RULES_OF = {
     "vtab": "Protocol vtab: every setting learns from train, val chooses after the last epoch, and the chosen setting "
@@ -43,8 +50,11 @@ class Benchmark:
         datasets: Sources of images by name.
         contenders: The adaptors with their settings.
         rules: What holds for every cell.
-        caching: Keyword arguments of `cache_features`.
+        caching: Keyword arguments of `cache_features`; the gathers follow from the adaptors.
         out: Folder of stores, runs and tables.
+
+    Raises:
+        OptionError: Patience with protocol vtab.
     """
 
     datasets: Mapping[str, Path]
@@ -52,6 +62,15 @@ class Benchmark:
     rules: Rules
     caching: Mapping[str, Any]
     out: Path
+
+    def __post_init__(self) -> None:
+        trials = [trial for contender in self.contenders for trial in contender.trials]
+        patient = self.rules.training.patience is not None or any("patience" in trial for trial in trials)
+        if self.rules.protocol == "vtab" and patient:
+            raise OptionError(
+                "--protocol vtab keeps the last epoch, since its refit has no val to stop by: leave patience out, or "
+                "use --protocol val"
+            )
 
     def store(self, dataset: str) -> Path:
         """Where the features of a dataset are kept."""
@@ -77,6 +96,7 @@ class Benchmark:
                 f"Backbone {self.caching.get('checkpoint') or self.caching['model']}, features in "
                 f"{self.caching.get('tier', 'float16')}; {rules.seeds} seeds, {training.epochs} epochs, batches of "
                 f"{training.batch_size}, weight decay {training.weight_decay:g}.",
+                DEVIATIONS,
                 *(f"Settings of {contender}." for contender in self.contenders),
             ),
             datasets=tuple(self.datasets),
@@ -94,13 +114,15 @@ def run_benchmark(benchmark: Benchmark, *, jobs: int = 1, tell: Tell | None = No
         tell: Told how far it is, a line each; stderr by default.
 
     Raises:
+        RunError: The folder holds a benchmark of other rules; nothing has changed.
         OptionError: An option of caching has a value that cannot be used.
         ModelError: The backbone or its checkpoint cannot be used.
         MachineError: The folder cannot be written, or a process has died.
         InterruptedRunError: Ctrl-C or SIGTERM; what was done is kept.
     """
     tell = tell or _to_stderr
-    done = list(_cache_all(benchmark, tell))
+    rules = settled_rules(benchmark)
+    done = list(_cache_all(benchmark, rules, tell))
     lacking = {one.cell.dataset for one in done}
     tasks = [
         CellTask(
@@ -136,26 +158,43 @@ def write_tables(out: Path, table: ResultTable) -> None:
         write_file(out / f"table.{name}", [text.encode()])
 
 
-def cache_dataset(benchmark: Benchmark, dataset: str, *, dry_run: bool = False) -> Any:
-    """Caches a dataset, or forecasts it; returns the report of `cache_features`.
+def cache_dataset(benchmark: Benchmark, dataset: str, *, dry_run: bool = False) -> "CacheReport":
+    """Caches a dataset, or forecasts it: the gathers that its adaptors read, or those that its store has.
 
     Raises:
         ColdtapError: As `cache_features` does.
     """
     from coldtap.pipeline.job import cache_features
 
-    with JobProgress() as progress:
-        return cache_features(
-            benchmark.datasets[dataset],
-            benchmark.store(dataset),
-            **benchmark.caching,
-            dry_run=dry_run,
-            reporter=progress,
-        )
+    def cache(gathers: Sequence[str]) -> "CacheReport":
+        with JobProgress() as progress:
+            return cache_features(
+                benchmark.datasets[dataset],
+                benchmark.store(dataset),
+                **benchmark.caching,
+                gather=gathers,
+                dry_run=dry_run,
+                reporter=progress,
+            )
+
+    found = read_recipe(benchmark.store(dataset))
+    if found is not None:
+        return cache(list(found[0].encoding["gathers"]))
+    needed = {gather for contender in benchmark.contenders for gather in contender.gathers}
+    try:
+        return cache([gather for gather in GATHERS if gather in needed])
+    except OptionError:
+        # A stage network has no sum: the cells that need it say so. Whatever else is wrong is so without it too.
+        if "sum" not in needed or needed == {"sum"}:
+            raise
+        return cache([gather for gather in GATHERS if gather in needed - {"sum"}])
 
 
-def _cache_all(benchmark: Benchmark, tell: Tell) -> Iterator[Done]:
-    """Caches every dataset; yields the cells of those that cannot be cached."""
+def _cache_all(benchmark: Benchmark, rules: bytes, tell: Tell) -> Iterator[Done]:
+    """Caches every dataset; yields the cells of those that cannot be cached.
+
+    The rules are written with the first store: a call that was wrong in all of them leaves nothing to go by.
+    """
     for number, dataset in enumerate(benchmark.datasets, start=1):
         place = f"[store {number}/{len(benchmark.datasets)}] {dataset}"
         try:
@@ -166,6 +205,7 @@ def _cache_all(benchmark: Benchmark, tell: Tell) -> Iterator[Done]:
             tell(f"{place}: {error}")
             yield from (failed_cell(dataset, contender.adaptor, error) for contender in benchmark.contenders)
         else:
+            write_rules(benchmark, rules)
             tell(f"{place}: {report.n_rows} rows, {report.status}")
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from coldtap.adaptors.grid import TRAINING_KEYS, expand_grid, trial_settings
 from coldtap.adaptors.networks.kinds import ADAPTORS, adaptor_kind
-from coldtap.adaptors.networks.options import parse_options
+from coldtap.adaptors.networks.options import option_defaults, parse_options
 from coldtap.adaptors.planned import TrainingOptions
+from coldtap.stores.arrays import Gather
 from coldtap.stores.errors import OptionError
 
 RATE_FACTORS = (0.25, 1.0, 4.0)  # of the adaptor's own learning rate, where --grid names none
@@ -19,6 +20,17 @@ class Contender:
     adaptor: str
     options: Mapping[str, object]
     trials: tuple[Mapping[str, object], ...]
+
+    @property
+    def gathers(self) -> frozenset[Gather]:
+        """The gathers that it reads, with one setting or another."""
+        kind = adaptor_kind(self.adaptor)
+        known = option_defaults(kind.options)
+        found: set[Gather] = set()
+        for trial in self.trials:
+            own = {name: value for name, value in trial.items() if name in known}
+            found.update(kind.gathers(parse_options(kind.options, {**self.options, **own}, adaptor=self.adaptor)))
+        return frozenset(found)
 
     def __str__(self) -> str:
         """Its grid: `last: 6 settings, rank=4; lr 0.00025, 0.001, 0.004; gap 1, 2`."""

@@ -57,7 +57,7 @@ def predict(
             names = (predictor.name_of(label) for label in result.labels)
             chances = (f"{probability:.4f}" for probability in result.probabilities)
             write([listing.ids[index], *("|".join(map(str, part)) for part in (result.labels, names, chances)), ""])
-            if listing.targets is not None and predictor.info.target_kind == "class":
+            if listing.targets is not None and predictor.knows_labels:
                 total += 1
                 right += predictor.is_right(result.labels[0], listing, index)
     if total:

@@ -120,6 +120,11 @@ class Predictor:
             answers.append(Answer(labels=tuple(labels), probabilities=tuple(of_sample[labels].tolist())))
         return answers
 
+    @property
+    def knows_labels(self) -> bool:
+        """Whether what is predicted is what a source calls its labels, one a sample."""
+        return self.info.target_kind == "class" and self.info.settings.target == "label"
+
     def name_of(self, label: int) -> str:
         """A class's name, or its number where names are not known."""
         return self.info.class_names[label] if self.info.class_names else str(label)

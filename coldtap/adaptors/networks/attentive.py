@@ -130,4 +130,5 @@ ATTENTIVE = AdaptorKind(
     build=build_attentive,
     count=count_attentive,
     lr=5e-2,
+    gathers=lambda _: ("layers",),
 )

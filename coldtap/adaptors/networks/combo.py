@@ -115,4 +115,5 @@ COMBO = AdaptorKind(
     build=build_combo,
     count=count_combo,
     lr=3e-4,
+    gathers=lambda _: ("layers",),
 )

@@ -103,11 +103,19 @@ class EpochAware(Protocol):
         """Is called before the first step of an epoch, from 1 to `epochs`; not again when an epoch is gone on with."""
 
 
+def any_gather(_: object) -> tuple[Gather, ...]:
+    """Returns all gathers: for an adaptor that does not say which it reads."""
+    return GATHERS
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptorKind[OptionsT]:
     """One adaptor: its options, what it reads, how it is built, and its default peak learning rate.
 
-    `paper` names the source of the method.
+    `paper` names the source of the method. `cannot_stack` says why `torch.func.vmap` cannot run the network over
+    stacked parameters, where it cannot: such trials run one after the other on each batch. `gathers` says from options
+    which gathers a store made for the adaptor alone must hold, so that no more is cached than is read; `plan` may be
+    content with others that are there.
     """
 
     name: str
@@ -117,6 +125,8 @@ class AdaptorKind[OptionsT]:
     build: Build[OptionsT]
     count: Count[OptionsT]
     lr: float
+    cannot_stack: str = ""
+    gathers: Callable[[OptionsT], tuple[Gather, ...]] = any_gather
 
 
 def arrays_of(store: Store, gather: Gather) -> list[StoredArray]:

@@ -143,4 +143,5 @@ HEAD2TOE = AdaptorKind(
     build=build_head2toe,
     count=count_head2toe,
     lr=1e-2,
+    gathers=lambda _: ("pooled",),
 )

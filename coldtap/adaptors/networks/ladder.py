@@ -131,4 +131,5 @@ LADDER = AdaptorKind(
     build=build_ladder,
     count=count_ladder,
     lr=3e-3,
+    gathers=lambda _: ("layers",),
 )

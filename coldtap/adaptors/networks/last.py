@@ -112,4 +112,5 @@ LAST = AdaptorKind(
     build=build_last,
     count=count_last,
     lr=1e-3,
+    gathers=lambda _: ("layers",),
 )

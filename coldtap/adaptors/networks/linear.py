@@ -51,6 +51,13 @@ def count_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -
     return count_head(spec, options, n_classes=n_classes)
 
 
+def gathers_linear(options: LinearOptions) -> tuple[Gather, ...]:
+    """Returns `pooled`, or `layers` where every token is looked at."""
+    # The mean of normalised tokens cannot be had from a stored mean.
+    every_token = options.pool == "tokens" or (options.norm_at == "before" and options.norm != "none")
+    return ("layers",) if every_token else ("pooled",)
+
+
 def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, LinearOptions]:
     """Chooses the array that holds the tap: `pooled` if it can serve, else `layers`.
 
@@ -58,10 +65,8 @@ def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, Line
         MissingFeaturesError: Neither holds the tap.
         OptionError: The head's options do not fit the features.
     """
-    # The mean of normalised tokens cannot be had from a stored mean.
-    every_token = options.pool == "tokens" or (options.norm_at == "before" and options.norm != "none")
-    gathers: tuple[Gather, ...] = ("layers",) if every_token else ("pooled", "layers")
-    array, tap = find_tap(store, options.tap, gathers, adaptor="linear")
+    gathers = dict.fromkeys([*gathers_linear(options), "layers"])
+    array, tap = find_tap(store, options.tap, list(gathers), adaptor="linear")
     spec = spec_of(store, array, (tap,))
     # The backbone's final norm was trained for the last tap; an earlier one gets its own.
     options = settle_head(options, spec, prefer_backbone=tap == spec.depth)
@@ -81,4 +86,5 @@ LINEAR = AdaptorKind(
     build=build_linear,
     count=count_linear,
     lr=2e-2,
+    gathers=gathers_linear,
 )

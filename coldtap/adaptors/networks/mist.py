@@ -116,4 +116,5 @@ MIST = AdaptorKind(
     build=build_mist,
     count=count_mist,
     lr=2e-3,
+    gathers=lambda _: ("sum",),
 )

@@ -40,13 +40,10 @@ class AdaptorTests:
         kind: The adaptor.
         settings: Options as in `--set`, of which every test is run with each; `{}` are the defaults. Give one setting
             at least for each option that changes the parameters or the forward pass, and one that is random if any is.
-        cannot_stack: Why `torch.func.vmap` cannot run the adaptor over stacked parameters; empty where it can. Trials
-            of such an adaptor run one after the other on each batch.
     """
 
     kind: ClassVar[AdaptorKind[Any]]
     settings: ClassVar[Sequence[Mapping[str, object]]] = ({},)
-    cannot_stack: ClassVar[str] = ""
 
     @pytest.fixture(autouse=True)
     def _same_numbers(self) -> Iterator[None]:
@@ -160,8 +157,8 @@ class AdaptorTests:
 
     def test_stacked_networks_are_the_networks(self, store: Store, setting: Mapping[str, object]) -> None:
         """Networks of one shape as one batched computation: the logits and gradients of each alone."""
-        if self.cannot_stack:
-            pytest.skip(self.cannot_stack)
+        if self.kind.cannot_stack:
+            pytest.skip(self.kind.cannot_stack)
         spec, options = self.planned(store, setting)
         # Random trials are not stacked to be trained, but can be to be evaluated.
         networks = [self.built(store, setting)[1].double().train(not options.is_random) for _ in range(3)]

@@ -27,7 +27,7 @@ class Cost:
 
 
 COSTS = (
-    Cost(title="Training time", label="seconds of training", of=lambda run: run.own_seconds, show=show_seconds),
+    Cost(title="Training time", label="seconds of training", of=lambda run: run.seconds, show=show_seconds),
     Cost(title="Size", label="trainable parameters", of=lambda run: float(run.parameters), show=show_count),
     Cost(title="Reading", label="bytes read a sample", of=lambda run: run.bytes_per_sample, show=show_bytes),
 )
@@ -43,8 +43,10 @@ class Point:
 
 
 def choose_split(runs: Sequence[RunReport]) -> str | None:
-    """The split to compare on: val, on which choices are made; test where all runs have only that; None for neither."""
-    return next((split for split in ("val", "test") if all(split in run.splits for run in runs)), None)
+    """The split to compare on: val, on which choices are made, where a run has it; else test where all have that."""
+    if any("val" in run.splits for run in runs):
+        return "val"
+    return "test" if all("test" in run.splits for run in runs) else None
 
 
 def draw_cost(cost: Cost, points: Sequence[Point], split: str) -> Markup | None:

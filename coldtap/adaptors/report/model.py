@@ -26,7 +26,6 @@ class EpochPoint:
     train_loss: float
     val_loss: float | None
     val_score: float | None
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +87,10 @@ class Outcome:
 class RunReport:
     """One finished run.
 
-    `bytes_per_sample` is None where the run does not say, `total_seconds` where there is no table of epochs. `outcome`
-    is a sentence where there are no predictions. `n_sharing` counts the trials whose seconds and memory these are
-    together.
+    `seconds` are those of training, of trials that shared a pass this one's share; `n_sharing` counts those trials, of
+    all of which `epoch_seconds` and the memory are together. `bytes_per_sample` and `seconds` are None where the run
+    does not say. `outcome` is a sentence where there are no predictions. `failed_seeds` are those with which a trial of
+    the same setting came to no end.
     """
 
     name: str
@@ -107,7 +107,7 @@ class RunReport:
     features: str
     bytes_per_sample: float | None
     epoch_seconds: float
-    total_seconds: float | None
+    seconds: float | None
     peak_memory_bytes: int
     n_sharing: int
     residency: str
@@ -119,6 +119,7 @@ class RunReport:
     weights_digest: str
     adaptor_digest: str
     outcome: Outcome | str
+    failed_seeds: tuple[int, ...]
 
     @property
     def val(self) -> float | None:
@@ -131,14 +132,14 @@ class RunReport:
         return self.splits["test"].score if "test" in self.splits else None
 
     @property
-    def own_seconds(self) -> float | None:
-        """Seconds of training; of trials that shared theirs, an equal share."""
-        return None if self.total_seconds is None else self.total_seconds / self.n_sharing
+    def is_refit(self) -> bool:
+        """Whether the run learnt from val too, as the second step of a protocol does."""
+        return bool(self.settings["fit"] == "train+val")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreReport:
-    """The runs on one target of one store, best on val first; `problem` says why the store could not be read."""
+    """The runs on one target of one store, in the order of `by_setting`; `problem` says why it could not be read."""
 
     path: str
     digest: str

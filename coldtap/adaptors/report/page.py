@@ -5,22 +5,22 @@ that are in the page itself. Whatever comes from files is escaped by the templat
 """
 
 import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import PurePath
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from coldtap import __version__
+from coldtap.adaptors.html_page import page_environment
 from coldtap.adaptors.report.costs import COSTS, Cost, Point, choose_split, draw_cost, draw_key
 from coldtap.adaptors.report.curves import draw_losses, draw_scores
 from coldtap.adaptors.report.matrix import MOST_CLASSES, Pair, confused_pairs, draw_matrix
 from coldtap.adaptors.report.model import CLASS_SCORES, ClassScore, Mistake, Outcome, Report, RunReport, StoreReport
+from coldtap.adaptors.report.refits import Refit, refit_of_best, refits_of
 from coldtap.adaptors.report.svg import element
-from coldtap.adaptors.report.tables import SEEDS, by_setting, differing_settings, join_settings, show_scores
+from coldtap.adaptors.report.tables import SEEDS, best_setting, differing_settings, join_settings, show_scores
 from coldtap.adaptors.report.wording import show_bytes, show_percent, show_seconds
 
 MOST_SECTIONS = 30  # runs of a store that have a section of their own, best on val first
@@ -85,8 +85,21 @@ class _Best:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _RefitView:
+    """One refitted setting as the template shows it: its runs, and the first of those that chose it."""
+
+    of: Refit
+    key: Markup
+    differs: str
+    views: tuple[_RunView, ...]
+    test: str
+    searched: _RunView | None
+    val: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _StoreView:
-    """One store and its runs as the template shows them."""
+    """One store and its runs as the template shows them; `result` is the refit that the first sentence names."""
 
     store: StoreReport
     title: str
@@ -95,7 +108,9 @@ class _StoreView:
     costs: tuple[tuple[Cost, Markup], ...]
     looks: tuple[tuple[str, Markup], ...]
     views: tuple[_RunView, ...]
+    refits: tuple[_RefitView, ...]
     best: _Best | None
+    result: _RefitView | None
     note: str | None
 
 
@@ -121,16 +136,16 @@ def render_page(report: Report, thumbnails: Sequence[Thumbnails]) -> str:
         _store_view(store, images, looks, purse, [f"run-{next(counter)}" for _ in store.runs])
         for store, images in zip(report.stores, thumbnails, strict=True)
     ]
-    css = files(__package__).joinpath("page.css").read_text(encoding="utf-8")
-    template = _environment().get_template("page.html")
-    return template.render(
-        title=_title(report, stores),
-        css=Markup(css),
-        css_digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
-        stores=stores,
-        unfinished=report.unfinished,
-        n_runs=len(report.runs),
-        version=__version__,
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            title=_title(report, stores),
+            stores=stores,
+            unfinished=report.unfinished,
+            n_runs=len(report.runs),
+            version=__version__,
+        )
     )
 
 
@@ -149,13 +164,7 @@ class _Purse:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader(str(__package__), "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment(str(__package__))
     environment.globals |= {"metrics": METRICS, "most_classes": MOST_CLASSES, "most_bars": MOST_BARS}
     environment.filters |= {
         "percent": show_percent,
@@ -181,14 +190,14 @@ def _store_view(
     store: StoreReport, thumbnails: Thumbnails, looks: Mapping[str, int], purse: _Purse, anchors: Sequence[str]
 ) -> _StoreView:
     split = choose_split(store.runs)
-    best = by_setting(store.runs)[0] if len(store.runs) > 1 and split == "val" else ()
+    best = best_setting(store.runs) if len(store.runs) > 1 else ()
     differing = differing_settings(store.runs)
     views = [
         _run_view(
             run,
             anchor=anchor,
             look=looks[run.adaptor],
-            differs=join_settings(differs),
+            differs=join_settings(differs, without=() if run.is_refit else ("fit",)),
             has_section=i < MOST_SECTIONS,
             is_best=i < len(best),
             thumbnails=thumbnails,
@@ -203,10 +212,13 @@ def _store_view(
             href=f"#{view.anchor}" if view.has_section else f"#{view.anchor}-row",
         )
         for view in views
+        if split in view.run.splits
     ]
     several = split is not None and len(points) > 1
     drawn = [(cost, draw_cost(cost, points, str(split))) for cost in COSTS] if several else []
     used = dict.fromkeys(run.adaptor for run in store.runs)
+    refits = [_refit_view(refit, views, differing) for refit in refits_of(store.runs)]
+    result = refit_of_best(best, [refit.of for refit in refits]) if len(store.runs) > 1 else None
     name = PurePath(store.path).name
     return _StoreView(
         store=store,
@@ -216,8 +228,26 @@ def _store_view(
         costs=tuple((cost, picture) for cost, picture in drawn if picture is not None),
         looks=tuple((adaptor, draw_key(looks[adaptor])) for adaptor in used),
         views=tuple(views),
-        best=_best(best, anchors[0], join_settings(differing[0], without=SEEDS)) if best else None,
+        refits=tuple(refits),
+        best=_best(best, anchors[0], join_settings(differing[0], without=(*SEEDS, "fit"))) if best else None,
+        result=next((refit for refit in refits if refit.of is result), None),
         note=thumbnails.note,
+    )
+
+
+def _refit_view(refit: Refit, views: Sequence[_RunView], differing: Sequence[Mapping[str, str]]) -> _RefitView:
+    folders = [run.folder for run in refit.runs]
+    own = [number for number, view in enumerate(views) if view.run.folder in folders]
+    return _RefitView(
+        of=refit,
+        key=views[own[0]].key,
+        differs=join_settings(differing[own[0]], without=(*SEEDS, "fit")),
+        views=tuple(views[number] for number in own),
+        test=show_scores(refit.runs, "test"),
+        searched=next((view for view in views if view.run.folder == refit.searched[0].folder), None)
+        if refit.searched
+        else None,
+        val=show_scores(refit.searched, "val"),
     )
 
 

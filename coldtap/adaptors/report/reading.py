@@ -1,9 +1,9 @@
 """Run folders into a report: the one place that knows how a run is kept."""
 
-import csv
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,13 +13,21 @@ from coldtap.adaptors.report.model import EpochPoint, Outcome, Report, RunReport
 from coldtap.adaptors.report.outcome import many_labels, single_label, token_classes
 from coldtap.adaptors.report.rerun import NOT_FLAGS, rerun_command
 from coldtap.adaptors.report.tables import by_setting
-from coldtap.adaptors.run_folder import EPOCHS, RUN, RunInfo, RunSettings, read_failure, read_run
+from coldtap.adaptors.run_folder import RUN, EpochRecord, RunInfo, RunSettings, read_epochs, read_failure, read_run
 from coldtap.adaptors.tallies import TrialRows
 from coldtap.stores import Store, open_store
 from coldtap.stores.errors import ColdtapError, RunError
 from coldtap.stores.rows import SPLITS
 
 UNDER_WAY = "a checkpoint of what is not finished: run the same command again to go on"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _NoEnd:
+    """A folder without a finished run: why it has none, and the settings of a trial that has failed."""
+
+    reason: str
+    failed: RunSettings | None = None
 
 
 def read_report(paths: Sequence[Path]) -> Report:
@@ -31,19 +39,22 @@ def read_report(paths: Sequence[Path]) -> Report:
     folders = find_run_folders(paths)
     names = short_names(folders)
     infos: dict[Path, RunInfo] = {}
-    unfinished = []
+    unfinished: list[Unfinished] = []
+    failed: list[RunSettings] = []
     for folder in folders:
         found = _read(folder, is_given=folder in paths)
         if isinstance(found, RunInfo):
             infos[folder] = found
         else:
-            unfinished.append(dataclasses.replace(found, folder=names[folder]))
+            said = _said(found.failed) if found.failed else ""
+            unfinished.append(Unfinished(folder=names[folder], settings=said, reason=found.reason))
+            failed += [found.failed] if found.failed else []
     if not infos:
         raise RunError(_nothing(paths, unfinished))
     by_store: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for folder, info in infos.items():
         by_store[info.settings.store_digest, info.settings.target].append(folder)
-    stores = [_store_report({folder: infos[folder] for folder in group}, names) for group in by_store.values()]
+    stores = [_store_report({folder: infos[folder] for folder in group}, names, failed) for group in by_store.values()]
     return Report(stores=tuple(stores), unfinished=tuple(unfinished))
 
 
@@ -53,7 +64,7 @@ def _nothing(paths: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
     return f"no finished run at or below {where}{also}. Train one with `train-adaptor STORE --out RUN`"
 
 
-def _read(folder: Path, *, is_given: bool) -> RunInfo | Unfinished:
+def _read(folder: Path, *, is_given: bool) -> RunInfo | _NoEnd:
     try:
         if (info := read_run(folder)) is not None:
             return info
@@ -61,11 +72,10 @@ def _read(folder: Path, *, is_given: bool) -> RunInfo | Unfinished:
     except RunError as error:
         if is_given:
             raise
-        return Unfinished(folder=str(folder), settings="", reason=str(error))
+        return _NoEnd(reason=str(error))
     if failure is None:
-        return Unfinished(folder=str(folder), settings="", reason=UNDER_WAY)
-    settings, reason = failure
-    return Unfinished(folder=str(folder), settings=_said(settings), reason=reason)
+        return _NoEnd(reason=UNDER_WAY)
+    return _NoEnd(reason=failure.reason, failed=failure.settings)
 
 
 def _said(settings: RunSettings) -> str:
@@ -73,10 +83,14 @@ def _said(settings: RunSettings) -> str:
     return ", ".join(f"{name}={value}" for name, value in flat.items())
 
 
-def _store_report(infos: Mapping[Path, RunInfo], names: Mapping[Path, str]) -> StoreReport:
+def _store_report(
+    infos: Mapping[Path, RunInfo], names: Mapping[Path, str], failed: Sequence[RunSettings]
+) -> StoreReport:
     first = next(iter(infos.values()))
     store, problem = _open(first)
-    runs = [_run_report(folder, info, names[folder]) for folder, info in infos.items()]
+    runs = [
+        _run_report(folder, info, names[folder], _failed_seeds(info.settings, failed)) for folder, info in infos.items()
+    ]
     return StoreReport(
         path=first.store,
         digest=first.settings.store_digest,
@@ -98,7 +112,17 @@ def _open(info: RunInfo) -> tuple[Store | None, str | None]:
     return store, None
 
 
-def _run_report(folder: Path, info: RunInfo, name: str) -> RunReport:
+def _failed_seeds(settings: RunSettings, failed: Sequence[RunSettings]) -> tuple[int, ...]:
+    """The seeds with which trials failed that are equal to this one but for the seed."""
+    alike = (other for other in failed if _without_seeds(other) == _without_seeds(settings))
+    return tuple(sorted({other.seed for other in alike}))
+
+
+def _without_seeds(settings: RunSettings) -> RunSettings:
+    return dataclasses.replace(settings, seed=0, order_seed=0)
+
+
+def _run_report(folder: Path, info: RunInfo, name: str, failed_seeds: tuple[int, ...]) -> RunReport:
     epochs = _epochs(folder)
     return RunReport(
         name=name,
@@ -109,13 +133,13 @@ def _run_report(folder: Path, info: RunInfo, name: str) -> RunReport:
         command=rerun_command(folder, info.store, info.settings),
         metric=info.metric,
         splits={split: _score(info, split) for split in sorted(info.metrics, key=SPLITS.index)},
-        epochs=epochs,
+        epochs=tuple(_point(record) for record in epochs),
         best_epoch=info.best_epoch,
         parameters=info.parameters,
         features=f"{info.features.array}, taps {', '.join(map(str, info.features.taps))}",
         bytes_per_sample=info.bytes_per_sample or None,
         epoch_seconds=info.epoch_seconds,
-        total_seconds=sum(point.seconds for point in epochs) if epochs else None,
+        seconds=_seconds(info, epochs),
         peak_memory_bytes=info.peak_memory_bytes,
         n_sharing=info.trials,
         residency=info.residency.reason,
@@ -127,6 +151,7 @@ def _run_report(folder: Path, info: RunInfo, name: str) -> RunReport:
         weights_digest=str(info.extractor.get("weights", "")),
         adaptor_digest=info.adaptor_sha256,
         outcome=_outcome(folder, info),
+        failed_seeds=failed_seeds,
     )
 
 
@@ -136,24 +161,23 @@ def _score(info: RunInfo, split: str) -> SplitScore:
     return SplitScore(score=metrics.score, others=others, loss=metrics.loss, n_samples=metrics.n_samples)
 
 
-def _epochs(folder: Path) -> tuple[EpochPoint, ...]:
+def _epochs(folder: Path) -> tuple[EpochRecord, ...]:
     """The table of epochs; none where it is missing or damaged, which costs the page its curves and nothing else."""
     try:
-        with (folder / EPOCHS).open(newline="") as file:
-            return tuple(_epoch(line) for line in csv.DictReader(file))
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_epochs(folder)
+    except RunError:
         return ()
 
 
-def _epoch(line: Mapping[str, str]) -> EpochPoint:
-    score = line["val_score"] if "val_score" in line else line["val_top1"]  # formats 1 and 2
+def _point(record: EpochRecord) -> EpochPoint:
     return EpochPoint(
-        epoch=int(line["epoch"]),
-        train_loss=float(line["train_loss"]),
-        val_loss=float(line["val_loss"]) if line["val_loss"] else None,
-        val_score=float(score) if score else None,
-        seconds=float(line["seconds"]),
+        epoch=record.epoch, train_loss=record.train_loss, val_loss=record.val_loss, val_score=record.val_score
     )
+
+
+def _seconds(info: RunInfo, epochs: Sequence[EpochRecord]) -> float | None:
+    """Seconds of training; earlier formats do not say a trial's share, so it is an equal one of its epochs'."""
+    return info.seconds or (sum(record.seconds for record in epochs) / info.trials if epochs else None)
 
 
 def _outcome(folder: Path, info: RunInfo) -> Outcome | str:

@@ -1,4 +1,4 @@
-"""What distinguishes the runs of a store, and which setting val chooses."""
+"""What distinguishes the runs of a store, and which setting val chooses, and what was refitted of it."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,40 @@ SEEDS = ("seed", "order_seed")
 
 
 def by_setting(runs: Sequence[RunReport]) -> list[tuple[RunReport, ...]]:
-    """Groups runs that differ by their seeds alone; the best mean val score first, those without val last."""
+    """Groups runs that differ by their seeds alone, the best mean val score first.
+
+    Of equals those that were refitted come first, since the search chose them. A refit follows the setting that it
+    refits. Settings of which a seed has failed come after all others with val, and those without val last.
+    """
     groups: dict[str, list[RunReport]] = {}
     for run in runs:
-        settings = {name: value for name, value in run.settings.items() if name not in SEEDS}
-        groups.setdefault(repr((run.adaptor, settings, dict(run.options))), []).append(run)
-    by_seed = [tuple(sorted(group, key=lambda run: run.settings["seed"])) for group in groups.values()]
-    return sorted(by_seed, key=lambda group: -(mean_score(group, "val") or 0.0))
+        groups.setdefault(_setting(run), []).append(run)
+
+    def rank(group: Sequence[RunReport]) -> tuple[bool, bool, float, bool, bool]:
+        searched = groups.get(_setting(group[0], fit="train"), group)
+        mean = mean_score(searched, "val")
+        is_refitted = _setting(group[0], fit="train+val") in groups
+        return mean is None, bool(searched[0].failed_seeds), -(mean or 0.0), not is_refitted, group[0].is_refit
+
+    by_seed = (tuple(sorted(group, key=lambda run: run.settings["seed"])) for group in groups.values())
+    return sorted(by_seed, key=rank)
+
+
+def best_setting(runs: Sequence[RunReport]) -> tuple[RunReport, ...]:
+    """The runs of the setting that val chooses; none where no run has val, or every setting has a failed seed."""
+    first = by_setting(runs)[0]
+    return first if mean_score(first, "val") is not None and not first[0].failed_seeds else ()
+
+
+def searched_of(refit: RunReport, runs: Sequence[RunReport]) -> tuple[RunReport, ...]:
+    """The runs that differ from a refit by their seeds and by not having learnt from val: by these it was chosen."""
+    wanted = _setting(refit, fit="train")
+    return tuple(run for run in runs if _setting(run) == wanted)
+
+
+def _setting(run: RunReport, **changed: str) -> str:
+    settings = {name: value for name, value in {**run.settings, **changed}.items() if name not in SEEDS}
+    return repr((run.adaptor, settings, dict(run.options)))
 
 
 def mean_score(runs: Sequence[RunReport], split: str) -> float | None:

@@ -1,14 +1,9 @@
 """The table as one HTML file that fetches nothing: readable on a phone, light and dark."""
 
-import base64
-import hashlib
 from dataclasses import dataclass
-from importlib.resources import files
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from coldtap import __version__
+from coldtap.adaptors.html_page import page_environment
 from coldtap.adaptors.results.table import Cell, ResultTable, Row, Score
 
 
@@ -23,23 +18,14 @@ class _Entry:
 
 def table_html(table: ResultTable) -> str:
     """Returns the page; whatever comes from outside is escaped by the template engine."""
-    environment = Environment(
-        loader=PackageLoader("coldtap.adaptors.results", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    css = (files("coldtap.adaptors.results") / "page.css").read_text(encoding="utf-8")
     failures = table.failures()
-    return environment.get_template("page.html").render(
+    template = page_environment(str(__package__)).get_template("page.html")
+    return template.render(
         table=table,
         rows=[(row, [_entry(table, row, adaptor, failures) for adaptor in table.adaptors]) for row in table.rows()],
         means=[(row, [_shown(row, adaptor) for adaptor in table.adaptors]) for row in table.means()],
         details=[(cell, _val(cell)) for cell in table.in_order() if cell.failure is None],
         failures=failures,
-        css=Markup(css),  # our own file
-        css_digest=base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
         version=__version__,
     )
 

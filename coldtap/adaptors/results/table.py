@@ -11,6 +11,10 @@ from dataclasses import dataclass, field
 from coldtap.adaptors.protocol import mean_and_deviation
 from coldtap.adaptors.results.vtab import GROUPS, in_vtab_order, vtab_name
 
+DEVIATIONS = (
+    "Test scores are means ± standard deviations over seeds of start and dropout, with one order of samples for all."
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
@@ -132,25 +136,43 @@ class ResultTable:
         return found
 
     def means(self) -> list[Row]:
-        """Returns the means over datasets, taken a seed each; none for an adaptor that lacks one of them."""
+        """Returns the means over datasets, taken a seed each; none for an adaptor that lacks one of them.
+
+        Scores of several metrics, as top1 and mAP, have no mean: each metric then has a row over its own datasets.
+        """
         datasets = self.rows_in_order()
+        metrics = self._metrics()
+        if len(metrics) > 1:
+            return [
+                self._mean(f"mean of {len(of_metric)} of {len(datasets)} datasets", [of_metric], metric)
+                for metric, of_metric in metrics.items()
+            ]
+        metric = next(iter(metrics), "")
         if in_vtab_order(datasets) is None:
-            return [self._mean(_mean_of(datasets), [datasets])]
+            return [self._mean(_mean_of(datasets), [datasets], metric)]
         groups = {
             f"{name} ({len(chosen)} of {len(members)})": chosen
             for name, members in GROUPS.items()
             if (chosen := [dataset for dataset in datasets if vtab_name(dataset) in members])
         }
-        rows = [self._mean(name, [chosen]) for name, chosen in groups.items()]
+        rows = [self._mean(name, [chosen], metric) for name, chosen in groups.items()]
         if len(groups) == len(GROUPS):
-            rows.append(self._mean(f"mean of the {len(groups)} group means", list(groups.values())))
-        return [*rows, self._mean(_mean_of(datasets), [datasets])]
+            rows.append(self._mean(f"mean of the {len(groups)} group means", list(groups.values()), metric))
+        return [*rows, self._mean(_mean_of(datasets), [datasets], metric)]
 
     def failures(self) -> list[str]:
         """Returns the reasons of cells without a result, each once, in the order of the table."""
         return list(dict.fromkeys(cell.failure for cell in self.in_order() if cell.failure))
 
-    def _mean(self, name: str, groups: Sequence[Sequence[str]]) -> Row:
+    def _metrics(self) -> dict[str, list[str]]:
+        """The datasets of each metric; those without a result have none."""
+        found: dict[str, list[str]] = {}
+        for row in self.rows():
+            if row.metric:
+                found.setdefault(row.metric, []).append(row.name)
+        return found
+
+    def _mean(self, name: str, groups: Sequence[Sequence[str]], metric: str) -> Row:
         scores = {}
         for adaptor in self.adaptors:
             by_group = [[self._test(dataset, adaptor) for dataset in group] for group in groups]
@@ -159,7 +181,7 @@ class ResultTable:
                 statistics.mean(values) for values in zip(*(_seed_means(group) for group in by_group), strict=False)
             ]
             scores[adaptor] = Score.of(seeds) if whole and seeds else None
-        return Row(name=name, metric="", scores=scores)
+        return Row(name=name, metric=metric, scores=scores)
 
     def _test(self, dataset: str, adaptor: str) -> tuple[float, ...]:
         cell = self.cell(dataset, adaptor)

@@ -1,8 +1,10 @@
 """Any Python object that gives (image, target) by index: a torchvision data set, a list, a dict of splits.
 
-A target is an integer (or an array of one), or a sequence of integers where an image has any number of labels.
+A target is an integer, or a sequence of integers where an image has any number of labels. Arrays are such sequences
+too, but where the array of every image holds one number, they are classes.
 """
 
+import math
 import operator
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +23,12 @@ from coldtap.stores.errors import SourceError
 FINGERPRINT_SAMPLES = 64
 
 type _Target = int | tuple[int, ...]  # NULL where it is missing
+
+
+class _Numbers(tuple[int, ...]):
+    """What an array held: a class or labels, which only the whole column tells."""
+
+    __slots__ = ()
 
 
 @runtime_checkable
@@ -170,12 +178,26 @@ class IndexableSource:
         columns = [column for column in declared if column is not None]
         if len(columns) == len(self._parts):
             whole = [target for column in columns for target in column]
-            if all(probe.target in (None, whole[probe.at]) for probe in probes):
+            if all(_agrees(probe.target, whole[probe.at]) for probe in probes):
                 return self._column(whole)
         return self._column([self._target_of(index) for part in self._parts for index in _indices(part)])
 
     def _column(self, targets: list[_Target]) -> npt.NDArray[np.int64] | LabelSets:
-        """One column of all targets: integers, or sets of labels."""
+        """One column of all targets: integers, or sets of labels.
+
+        MedMNIST keeps each class as an array of one number; in detection an image with a single label has such an array
+        beside longer ones.
+        """
+        arrays = [target for target in targets if isinstance(target, _Numbers)]
+        if arrays and all(isinstance(target, _Numbers) or target == NULL for target in targets):
+            widths = {len(numbers) for numbers in arrays}
+            if widths == {1}:
+                return np.array([target[0] if isinstance(target, tuple) else target for target in targets], np.int64)
+            if len(widths) == 1 and 0 not in widths and {label for numbers in arrays for label in numbers} <= {0, 1}:
+                raise SourceError(
+                    f"{self.name}: the targets are arrays of {len(arrays[0])} numbers, all of them 0 or 1: flags, not "
+                    "numbers of classes; give np.flatnonzero(target) of each"
+                )
         sets: LabelSets = [target if isinstance(target, tuple) else None for target in targets]
         if all(labels is None for labels in sets):
             return np.array(targets, np.int64)
@@ -252,9 +274,8 @@ def _as_target(value: Any) -> _Target | None:
     """An integer or a sequence of them as it is kept, NULL for None; None where it is neither."""
     if value is None:
         return NULL
-    # An array of one number is a class, as MedMNIST has them; a list of one is a sample with one label.
-    if hasattr(value, "ndim") and np.size(value) == 1:
-        value = value.item()
+    if hasattr(value, "ndim"):
+        return _of_array(value)
     with suppress(TypeError):
         return operator.index(value)
     if not isinstance(value, Iterable) or isinstance(value, (str, bytes, Mapping)):
@@ -263,3 +284,19 @@ def _as_target(value: Any) -> _Target | None:
         return tuple(operator.index(label) for label in value)
     except TypeError:
         return None
+
+
+def _of_array(array: Any) -> _Target | None:
+    """A scalar's integer, or the numbers of an array or tensor; None where they are none, or lie in rows of several."""
+    try:
+        if array.ndim == 0:
+            return operator.index(array.item())
+        numbers = array.reshape(-1) if array.ndim > 1 and math.prod(array.shape) == 1 else array
+        return _Numbers(operator.index(number) for number in numbers.tolist())
+    except TypeError:
+        return None
+
+
+def _agrees(probed: _Target | None, declared: _Target) -> bool:
+    """Whether an item that could be read has the declared target, of the same kind."""
+    return probed is None or (isinstance(probed, _Numbers) == isinstance(declared, _Numbers) and probed == declared)
