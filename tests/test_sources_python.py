@@ -19,7 +19,6 @@ from coldtap.pipeline.sources.wording import a_few
 from coldtap.stores.errors import SourceError
 from tests.pictures import encoded, picture, write_classes
 
-
 INTEGER = {np.array: np.int64, torch.tensor: torch.int64}  # of an empty array too
 
 
@@ -111,7 +110,7 @@ def test_flags_are_refused_and_numbers_of_one_width_are_not(array):
     flags = [[1, 0, 1], [0, 0, 1], [0, 1, 0]]
     refused(
         [(picture(number), array(row)) for number, row in enumerate(flags)],
-        r"arrays of 3 numbers, all of them 0 or 1: flags, not numbers of classes; give np.flatnonzero\(target\) of each",
+        r"arrays of 3 numbers, all of them 0 or 1: flags, not numbers of classes; give np.flatnonzero\(target\)",
     )
     pairs_of = [[0, 1], [1, 2], [0, 2]]
     source = open_source([(picture(number), array(row)) for number, row in enumerate(pairs_of)])

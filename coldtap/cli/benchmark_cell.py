@@ -100,7 +100,8 @@ def _advised(task: CellTask, error: MissingFeaturesError) -> MissingFeaturesErro
         return error
     return MissingFeaturesError(
         f"{task.adaptor} needs {', '.join(lacking)}; {store.path} was cached for other adaptors and holds "
-        f"{describe_gathers(store)}: delete {store.path} and run the same command again, or choose another --out"
+        f"{describe_gathers(store)}: delete it and its runs ({task.out.parent}) and run the same command again, or "
+        "choose another --out"
     )
 
 

@@ -115,13 +115,13 @@ def _differences(path: str, held: Any, asked: Any) -> Iterator[str]:
             yield from _differences(f"{path}.{name}".lstrip("."), held.get(name, ABSENT), asked.get(name, ABSENT))
     elif isinstance(held, list) and isinstance(asked, list):
         if any(value not in asked for value in held):
-            yield f"{path}: {_several(held)} → {_several(asked)}"
+            yield f"{path}: {_shown(held)} → {_shown(asked)}"
     elif path == "seeds":
         if held > asked:
             yield f"{path}: {held} → {asked}"
     elif held != asked:
-        yield f"{path}: {held} → {asked}"
+        yield f"{path}: {_shown(held)} → {_shown(asked)}"
 
 
-def _several(values: list[Any]) -> str:
-    return ", ".join(map(str, values))
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
