@@ -1,9 +1,7 @@
 """Trials to the end: finished ones are read, the rest share passes as far as their batches and the memory allow."""
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +10,15 @@ import torch
 from coldtap.adaptors.batches import FeatureBatches
 from coldtap.adaptors.checkpoint import Checkpoint, TrialState, read_checkpoint, remove_checkpoint
 from coldtap.adaptors.finishing import write_trials
+from coldtap.adaptors.learnable import require_something_to_learn, require_splits
 from coldtap.adaptors.memory import available_memory_bytes
+from coldtap.adaptors.out_folder import make_folder, sole_writer
 from coldtap.adaptors.planned import PlannedTrial
 from coldtap.adaptors.run_folder import RunInfo, read_failure, read_run, require_equal, write_failure
 from coldtap.adaptors.shared_pass import Progress, SharedPass
 from coldtap.adaptors.trial_memory import TrialMemory, forecast_trial, how_many_fit
 from coldtap.stores import Store
-from coldtap.stores.durable import machine_errors
-from coldtap.stores.errors import InterruptedRunError, RunError, SourceError
-from coldtap.stores.recipe_file import RECIPE
+from coldtap.stores.errors import InterruptedRunError
 
 type Note = Callable[[str], None]
 
@@ -72,7 +70,7 @@ def train_planned(
         InterruptedRunError: Ctrl-C; what was done is kept.
     """
     trainer = _Trainer(store, out, device, resident, test, progress, note or (lambda _: None), checkpoint_every_s)
-    _make_folder(out)
+    make_folder(out)
     with sole_writer(out):
         outcomes = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
         checkpoint = read_checkpoint(out)
@@ -85,41 +83,6 @@ def train_planned(
             for outcome in trainer.train(group, checkpoint if group is begun else None, outcomes):
                 outcomes[outcome.plan.name] = outcome
     return [outcomes[plan.name] for plan in plans]
-
-
-def _make_folder(out: Path) -> None:
-    """Makes the folder of a run, or of trials.
-
-    Raises:
-        RunError: It is a store, or a file.
-        MachineError: It cannot be made.
-    """
-    if (out / RECIPE).exists():
-        raise RunError(f"--out {out} is a store: choose a folder of its own for the run")
-    try:
-        with machine_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunError(f"--out {out} is a file, or lies in one: choose a folder") from error
-
-
-@contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Holds a folder by flock(2), so that two trainings do not write into it at a time.
-
-    Raises:
-        RunError: Another process holds it.
-    """
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise RunError(f"another training writes into {out}: wait for it, stop it, or choose another --out") from None
-    try:
-        yield
-    finally:
-        os.close(folder)
 
 
 def _ended_before(plan: PlannedTrial) -> Outcome | None:
@@ -183,11 +146,11 @@ class _Trainer:
 
         Of those that are `done`, which go on only with others from a checkpoint, nothing is written again.
         """
-        _require_splits(self._store, plans[0])
+        require_splits(self._store, plans[0].settings.fit)
         try:
             train = self._batches(plans[0], plans[0].settings.fit)
             val = self._batches(plans[0], "val") if plans[0].settings.fit == "train" else None
-            _require_something_to_learn(self._store, train, plans[0].settings.target)
+            require_something_to_learn(self._store, train, plans[0].settings.target)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
                 f"interrupted while {self._store.path} was read: run the same command again"
@@ -316,24 +279,3 @@ class _Trainer:
 def _shape_key(plan: PlannedTrial) -> object:
     """What trials have in common whose networks are of one size."""
     return (plan.settings.adaptor, tuple(plan.settings.options.items()))
-
-
-def _require_splits(store: Store, plan: PlannedTrial) -> None:
-    held = ", ".join(f"{split} ({n})" for split, n in store.splits.items()) or "none"
-    use = "to learn from as well" if plan.settings.fit == "train+val" else "to choose the best epoch on"
-    for split, purpose in (("train", "to learn from"), ("val", use)):
-        if split not in store.splits:
-            raise SourceError(
-                f"{store.path} has no {split} split {purpose}; it holds {held}: cache again with --split all"
-            )
-
-
-def _require_something_to_learn(store: Store, train: FeatureBatches, target: str) -> None:
-    if train.n_samples < 2:
-        raise SourceError(f"{store.path} has {train.n_samples} train sample: there is nothing to tell apart")
-    if train.task.kind == "class" and len(present := train.targets.unique().tolist()) < 2:
-        names = store.class_names(target)
-        name = names[present[0]] if names else present[0]
-        raise SourceError(f"{store.path}: every train sample is of class {name!r}: there is nothing to tell apart")
-    if len(train.targets.unique(dim=0)) < 2:
-        raise SourceError(f"{store.path}: every train sample has the same {target!r}: there is nothing to tell apart")
