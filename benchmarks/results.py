@@ -83,11 +83,14 @@ def lora_cell(task: LoraTask) -> Cell:
 
 def _seconds(task: LoraTask, chosen: float) -> float:
     """Of all fits: every rate with the first seed, and the chosen one with every seed."""
+    from benchmarks.lora import POOL
+
     fits = [json.loads(path.read_bytes()) for path in sorted(task.out.glob("*.json"))]
     return sum(
         fit["seconds"]
         for fit in fits
         if fit["settings"]["epochs"] == task.epochs
+        and fit["settings"]["pool"] == POOL
         and (fit["settings"]["lr"] == chosen or fit["settings"]["fit"] == "train")
     )
 
