@@ -372,14 +372,13 @@ def _mist(path: Path, resident: bool, rounds: int) -> Callable[[int], float]:
     import torch
 
     from coldtap.adaptors.batches import FeatureBatches
-    from coldtap.adaptors.learner import Member, SideBySide
+    from coldtap.adaptors.learner import SideBySide
     from coldtap.adaptors.planned import TrainingOptions, plan_trial
 
     store, device = open_store(path), torch.device("cpu")
     plan = plan_trial(store, "mist", TrainingOptions(batch_size=MIST_BATCH), {}, name="mist", folder=path)
     batches = FeatureBatches(store, plan.features, "train", batch_size=MIST_BATCH, resident=resident)
-    network = plan.network(store, n_classes=batches.n_classes, device=device)
-    learner = SideBySide([Member(settings=plan.settings, network=network, is_random=False)], batches.task, device)
+    learner = SideBySide([plan.member(store, n_classes=batches.n_classes, device=device)], batches.task, device)
 
     def fit(epoch: int) -> None:
         for batch in batches.shuffled(seed=0, epoch=epoch):
