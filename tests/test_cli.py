@@ -25,11 +25,24 @@ from coldtap.stores.manifest import MANIFEST
 from tests.jobs import coldtap, error_line, files, read
 from tests.pictures import encoded
 
-COMMANDS = ("cache-features", "train-adaptor", "predict", "convert", "inspect", "verify")
+COMMANDS = (
+    "cache-features",
+    "train-adaptor",
+    "benchmark",
+    "predict",
+    "report",
+    "export",
+    "convert",
+    "inspect",
+    "verify",
+)
 OPTIONS = {
     "cache-features": "--model --checkpoint --random-weights --taps --gather --sum-at --tier --precision --split "
     "--views --batch-size --device --on-bad-image --max-rejected --allow-mixed --dry-run --seed --json",
-    "train-adaptor": "--adaptor --out --epochs --lr --set --seed --device --json",
+    "train-adaptor": "--adaptor --out --epochs --lr --set --grid --seeds --protocol --target --seed --device --json",
+    "benchmark": "--adaptors --out --sets --protocol --grid --set --seeds --epochs --model --tier --jobs --dry-run",
+    "report": "--out --source --no-images",
+    "export": "--format --out --json",
     "predict": "--model --checkpoint --split --out --device",
     "convert": "--tier --layout --snr --max-error --dry-run --json",
     "inspect": "--json",

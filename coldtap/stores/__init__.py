@@ -1,9 +1,8 @@
 """What a store is: recipe, format, writing, reading, verifying. Imports neither torch nor timm."""
 
-from coldtap.stores.adding_targets import add_targets
 from coldtap.stores.array_reader import StoredArray
 from coldtap.stores.norm import FinalNorm
 from coldtap.stores.recipe import Recipe
 from coldtap.stores.store import Store, open_store
 
-__all__ = ["FinalNorm", "Recipe", "Store", "StoredArray", "add_targets", "open_store"]
+__all__ = ["FinalNorm", "Recipe", "Store", "StoredArray", "open_store"]
