@@ -33,7 +33,8 @@ from coldtap.adaptors.report.wording import show_bytes, show_count, show_percent
 from coldtap.adaptors.run_folder import read_epochs, write_failure
 from coldtap.adaptors.tallies import TrialRows
 from coldtap.adaptors.trials import train_trials
-from coldtap.stores import add_targets, open_store
+from coldtap.stores import open_store
+from coldtap.stores.adding_targets import add_targets
 from coldtap.stores.errors import RunError
 from tests.jobs import cache, coldtap, error_line
 from tests.pictures import encoded, picture, write_pictures
