@@ -295,7 +295,7 @@ def test_a_store_must_be_there_complete_and_free(tmp_path, store):
 
 DYING = """
 import json, sys
-from coldtap.stores import add_targets
+from coldtap.stores.adding_targets import add_targets
 add_targets(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), kind="labels")
 """
 
