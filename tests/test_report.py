@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from playwright.sync_api import sync_playwright
 
 from coldtap.adaptors import read_run, train_adaptor
 from coldtap.adaptors.grid import expand_grid
@@ -645,8 +646,7 @@ def test_a_run_that_is_named_twice_is_shown_once(runs):
 def browser():
     if BROWSER is None:
         pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a development dependency")
-    with playwright.sync_playwright() as driver:
+    with sync_playwright() as driver:
         chromium = driver.chromium.launch(executable_path=BROWSER, args=SWITCHES.split())
         yield chromium
         chromium.close()

@@ -247,18 +247,18 @@ def test_a_death_between_two_run_folders_is_mended_by_the_same_command(
 
     def dying(folder, *arguments, **more):
         if len(done) == written:
-            raise KeyboardInterrupt  # nothing below it catches it, as nothing catches a SIGKILL
+            raise KeyboardInterrupt("death")  # nothing below it catches it, as nothing catches a SIGKILL
         done.append(folder)
         write(folder, *arguments, **more)
 
     with monkeypatch.context() as patched:
         patched.setattr(finishing_module, "write_run", dying)
         if written < 4:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt, match="death"):
                 trials_of(store, tmp_path / "out", "linear", grid, checkpoint_every_s=checkpoint_every_s)
         else:  # after the last folder, before the checkpoint is removed
-            patched.setattr(passes_module, "write_failure", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-            with pytest.raises(KeyboardInterrupt):
+            patched.setattr(passes_module, "write_failure", lambda *_, **__: dying(None))
+            with pytest.raises(KeyboardInterrupt, match="death"):
                 trials_of(store, tmp_path / "out", "linear", grid, checkpoint_every_s=checkpoint_every_s)
     digests = {folder: read_run(folder).adaptor_sha256 for folder in done}
     again = trials_of(store, tmp_path / "out", "linear", grid)
