@@ -12,11 +12,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from coldtap.adaptors.devices import choose_device
+from coldtap.adaptors.grid import TrialSetting
 from coldtap.adaptors.passes import train_planned
-from coldtap.adaptors.planned import TrainingOptions, plan_trial
+from coldtap.adaptors.planned import PlannedTrial, TrainingOptions, plan_trial
 from coldtap.adaptors.run_folder import RunInfo
 from coldtap.adaptors.shared_pass import Progress
 from coldtap.adaptors.trials import Trials, train_trials, val_score
@@ -103,6 +104,12 @@ def run_protocol(
         raise OptionError(
             "protocol=vtab keeps the last epoch, since its refit has no val to stop by: leave patience out"
         )
+    how: dict[str, Any] = {
+        "resident": resident,
+        "progress": progress,
+        "note": note,
+        "checkpoint_every_s": checkpoint_every_s,
+    }
     searched = train_trials(
         store,
         adaptor,
@@ -112,53 +119,42 @@ def run_protocol(
         training=replace(training, keep="last") if two_stages else training,
         settings=settings,
         device=device,
-        resident=resident,
         test=not two_stages,
-        progress=progress,
-        note=note,
-        checkpoint_every_s=checkpoint_every_s,
+        **how,
     )
-    tested = [result.info for result in searched.chosen if result.info is not None]
-    folders = [result.path for result in searched.chosen]
     seconds = sum(result.seconds for result in searched.results)
-    if two_stages:
-        chosen = searched.chosen[0].setting
-        order = chosen.training.order_seed
-        refits = [
-            replace(chosen, training=replace(chosen.training, seed=seed, order_seed=order, fit="train+val"))
-            for seed in range(chosen.training.seed, chosen.training.seed + seeds)
-        ]
-        plans = [
-            plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / REFIT / each.name)
-            for each in refits
-        ]
-        outcomes = train_planned(
-            store,
-            plans,
-            out=out / REFIT,
-            device=choose_device(device),
-            resident=resident,
-            test=True,
-            progress=progress,
-            note=note,
-            checkpoint_every_s=checkpoint_every_s,
-        )
-        if failed := [outcome for outcome in outcomes if outcome.info is None]:
-            raise RunError(f"{failed[0].plan.folder}: {failed[0].failure}")
-        tested = [outcome.info for outcome in outcomes if outcome.info is not None]
-        folders = [plan.folder for plan in plans]
-        seconds += sum(outcome.seconds for outcome in outcomes)
-    return _result(searched, tested, folders, seconds)
+    if not two_stages:
+        runs = [(result.path, result.info) for result in searched.chosen if result.info is not None]
+        return _result(searched, runs, seconds)
+    plans = _refits(store, adaptor, searched.chosen[0].setting, seeds, out / REFIT)
+    outcomes = train_planned(store, plans, out=out / REFIT, device=choose_device(device), test=True, **how)
+    if failed := [outcome for outcome in outcomes if outcome.info is None]:
+        raise RunError(f"{failed[0].plan.folder}: {failed[0].failure}")
+    runs = [(outcome.plan.folder, outcome.info) for outcome in outcomes if outcome.info is not None]
+    return _result(searched, runs, seconds + sum(outcome.seconds for outcome in outcomes))
 
 
-def _result(searched: Trials, tested: Sequence[RunInfo], folders: Sequence[Path], seconds: float) -> ProtocolResult:
-    first = tested[0]
+def _refits(store: Store, adaptor: str, chosen: TrialSetting, seeds: int, out: Path) -> list[PlannedTrial]:
+    """The chosen setting on train and val together, a plan a seed."""
+    first = chosen.training
+    again = [
+        replace(chosen, training=replace(first, seed=seed, order_seed=first.order_seed, fit="train+val"))
+        for seed in range(first.seed, first.seed + seeds)
+    ]
+    return [
+        plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / each.name)
+        for each in again
+    ]
+
+
+def _result(searched: Trials, runs: Sequence[tuple[Path, RunInfo]], seconds: float) -> ProtocolResult:
+    first = runs[0][1]
     return ProtocolResult(
         metric=first.metric,
         setting=dict(searched.chosen[0].setting.varied),
         val=tuple(val_score(result) for result in searched.chosen),
-        test=tuple(info.metrics["test"].score for info in tested),
-        runs=tuple(folders),
+        test=tuple(info.metrics["test"].score for _, info in runs),
+        runs=tuple(folder for folder, _ in runs),
         parameters=first.parameters,
         bytes_per_sample=first.bytes_per_sample,
         seconds=seconds,

@@ -17,7 +17,6 @@ from coldtap.adaptors.learners import make_learners
 from coldtap.adaptors.optimizer import learning_rate_at
 from coldtap.adaptors.planned import PlannedTrial
 from coldtap.adaptors.run_folder import EpochRecord, RunSettings
-from coldtap.adaptors.stacked import Stacked
 from coldtap.stores import Store
 from coldtap.stores.errors import InterruptedRunError
 
@@ -56,6 +55,9 @@ class SharedPass:
     Attributes:
         train: Their batches.
         val: Those of val; None where val is learnt from.
+        parameters: How many each trial trains.
+        steps: Steps done, by the trials that have not ended.
+        last: The state after the last epoch, or the last one that was written inside one; None before there is any.
         resumed_after: Epochs that an earlier, interrupted call had done.
     """
 
@@ -94,11 +96,6 @@ class SharedPass:
         if checkpoint is not None:
             self._restore(checkpoint)
         self._written, self._written_at, self._write_s, self._every_s = checkpoint, time.monotonic(), 0.0, 0.0
-
-    @property
-    def stacked(self) -> int:
-        """The number of trials that are computed as a stack."""
-        return sum(len(numbers) for learner, numbers in self._learners if isinstance(learner, Stacked))
 
     def run(self, progress: Progress | None, *, checkpoint_every_s: float) -> tuple[TrialState, ...]:
         """Does what is left of every trial; returns their last states.

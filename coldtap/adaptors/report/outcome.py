@@ -1,7 +1,7 @@
 """Predictions summed up: the score of every class, which class was taken for which, and the worst mistakes."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ THRESHOLD = 0.5  # a label counts as predicted from this probability on
 MOST_LABELS = 3  # named of one sample
 
 type Numbers = np.ndarray[Any, np.dtype[Any]]
-type Name = Callable[[int], str]
 
 
 def single_label(split: str, class_names: tuple[str, ...], sample_ids: Sequence[str], rows: TrialRows) -> Outcome:
