@@ -75,7 +75,8 @@ def test_only_the_low_rank_terms_and_the_classifier_are_trained():
     assert all("lora_" in name or name.startswith("head.classifier") for name in trained)
     assert not network.training
     blocks, channels = 9, 192
-    assert network.n_trainable() == blocks * RANK * 4 * channels + 2 * (channels + 1)
+    pooled = 2 * channels  # class token beside patch mean
+    assert network.n_trainable() == blocks * RANK * 4 * channels + 2 * (pooled + 1)
     assert 12 * RANK * 4 * 768 == 294_912  # ViT-B/16
 
 

@@ -187,7 +187,7 @@ def _start(n_workers: int) -> LocalCluster:
         processes=True,
         host="127.0.0.1",
         dashboard_address=None,
-        silence_logs=logging.CRITICAL,
+        silence_logs=logging.CRITICAL + 1,  # a client that leaves while blocks run is "critical", with a traceback
         security=Security.temporary(),
         memory_limit=None,  # blocks in flight bound it; dask would pause, spill and kill by guesses
         death_timeout=60,
