@@ -9,19 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from coldtap.adaptors.evaluating import evaluate_adaptor as evaluate_adaptor
     from coldtap.adaptors.training import train_adaptor as train_adaptor
     from coldtap.pipeline.job import cache_features as cache_features
+    from coldtap.pipeline.quantisation.diagnose import diagnose as diagnose
+    from coldtap.pipeline.quantisation.quantize import quantize as quantize
     from coldtap.stores.adding_targets import add_targets as add_targets
+    from coldtap.stores.fitting_compensation import fit_compensation as fit_compensation
     from coldtap.stores.store import open_store as open_store
 
 __version__ = "0.1.0"
 _PUBLIC = {
     "add_targets": "coldtap.stores.adding_targets",
     "cache_features": "coldtap.pipeline.job",
+    "diagnose": "coldtap.pipeline.quantisation.diagnose",
+    "evaluate_adaptor": "coldtap.adaptors.evaluating",
+    "fit_compensation": "coldtap.stores.fitting_compensation",
     "open_store": "coldtap.stores.store",
+    "quantize": "coldtap.pipeline.quantisation.quantize",
     "train_adaptor": "coldtap.adaptors.training",
 }
-__all__ = ["add_targets", "cache_features", "open_store", "train_adaptor"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "add_targets",
+    "cache_features",
+    "diagnose",
+    "evaluate_adaptor",
+    "fit_compensation",
+    "open_store",
+    "quantize",
+    "train_adaptor",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -46,11 +46,14 @@ def synthetic_store(
     blocks: Sequence[int] | None = None,
     finish: bool = True,
     ranges: Mapping[str, list[list[float]]] | None = None,
+    extractor: Mapping[str, Any] | None = None,
+    rows: Mapping[str, Any] | None = None,
 ) -> StoreWriter:
     """A store of given taps: (view, sample, tap, token, channel) or (sample, tap, token, channel) float32.
 
     Arrays are made by the definitions: sums in float32, pooled from prefix tokens and patch mean. Samples
-    whose index is in `rejected` are not there. `blocks` and `finish` leave the store incomplete.
+    whose index is in `rejected` are not there. `blocks` and `finish` leave the store incomplete. `extractor` and `rows`
+    are further fields of the recipe.
     """
     values = np.asarray(features, np.float32)
     values = values if values.ndim == 5 else values[None]
@@ -67,8 +70,14 @@ def synthetic_store(
         extractor={
             "architecture": "synthetic",
             "taps": [{"name": f"z{i}", **g.to_dict()} for i, g in geometries.items()],
+            **(extractor or {}),
         },
-        rows={"listing": "0" * 64, "views": views, "splits": {s: len(o) for s, o in plan.order.items()}},
+        rows={
+            "listing": "0" * 64,
+            "views": views,
+            "splits": {s: len(o) for s, o in plan.order.items()},
+            **(rows or {}),
+        },
         encoding={
             "gathers": {name: list(taps) for name, taps in gathers.items()},
             "tier": tier,

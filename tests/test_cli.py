@@ -29,7 +29,11 @@ COMMANDS = (
     "cache-features",
     "train-adaptor",
     "benchmark",
+    "evaluate",
+    "quantize",
+    "diagnose",
     "predict",
+    "compensate",
     "report",
     "export",
     "convert",
@@ -39,11 +43,17 @@ COMMANDS = (
 OPTIONS = {
     "cache-features": "--model --checkpoint --random-weights --taps --gather --sum-at --tier --precision --split "
     "--views --batch-size --device --on-bad-image --max-rejected --allow-mixed --dry-run --seed --json",
-    "train-adaptor": "--adaptor --out --epochs --lr --set --grid --seeds --protocol --target --seed --device --json",
+    "train-adaptor": "--adaptor --out --epochs --lr --set --grid --seeds --protocol --target --compensation --seed "
+    "--device --json",
     "benchmark": "--adaptors --out --sets --protocol --grid --set --seeds --epochs --model --tier --jobs --dry-run",
+    "evaluate": "--split --compensation --across-quantisation --device --json",
+    "quantize": "--calibration --out --scheme --compensate --checkpoint --images --ranges --reparameterise --override "
+    "--site --target --ridge --device --seed --json",
+    "diagnose": "--calibration --out --scheme --seeds --images --json",
+    "compensate": "--name --split --max-rows --json",
     "report": "--out --source --no-images",
     "export": "--format --out --json",
-    "predict": "--model --checkpoint --split --out --device",
+    "predict": "--model --checkpoint --quantized --split --out --device",
     "convert": "--tier --layout --snr --max-error --dry-run --json",
     "inspect": "--json",
     "verify": "--source --json",

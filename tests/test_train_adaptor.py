@@ -93,7 +93,7 @@ def test_run_json_says_what_was_trained_on_what_and_how_well(store, tmp_path):
     result = train(store, tmp_path / "run", "mist", settings={"rank": "2", "depth": 1}, seed=5)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     opened = open_store(store)
-    assert record["format"] == 3
+    assert record["format"] == 4
     assert record["adaptor"] == "mist"
     assert record["seed"] == 5
     assert record["extractor_digest"] == opened.recipe.extractor_digest
@@ -381,7 +381,7 @@ def _flip(path):
         (lambda run: (run / "run.json").unlink(), r"there is no finished run at .*run: make one"),
         (lambda run: (run / "run.json").write_text("{"), r"run.json is damaged"),
         (lambda run: (run / "run.json").write_text("[]"), r"run.json is damaged"),
-        (lambda run: _edit(run / "run.json", format=4), r"run format 4; this coldtap reads formats 1 to 3"),
+        (lambda run: _edit(run / "run.json", format=5), r"run format 5; this coldtap reads formats 1 to 4"),
         (lambda run: _edit(run / "run.json", colour="red"), r"run.json is damaged .*colour"),
         (lambda run: _edit(run / "run.json", n_classes=9), r"adaptor.safetensors does not fit the settings"),
         (lambda run: (run / "adaptor.safetensors").unlink(), r"adaptor.safetensors cannot be read \(No such file"),

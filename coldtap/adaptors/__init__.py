@@ -1,6 +1,7 @@
 """Small trainable networks that read stored tensors only: LAST, MIST, probes and their rivals. Imports no timm."""
 
 from coldtap.adaptors.batches import Batch, FeatureBatches
+from coldtap.adaptors.evaluating import Evaluation, evaluate_adaptor
 from coldtap.adaptors.grid import expand_grid
 from coldtap.adaptors.loading import load_adaptor
 from coldtap.adaptors.networks.contract import FeatureSpec
@@ -18,6 +19,7 @@ __all__ = [
     "ADAPTORS",
     "Batch",
     "EpochRecord",
+    "Evaluation",
     "FeatureBatches",
     "FeatureSpec",
     "OnnxExport",
@@ -29,6 +31,7 @@ __all__ = [
     "TrainingOptions",
     "TrialResult",
     "Trials",
+    "evaluate_adaptor",
     "expand_grid",
     "export_onnx",
     "load_adaptor",

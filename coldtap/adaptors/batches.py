@@ -21,6 +21,7 @@ from coldtap.adaptors.resident import HeldRows
 from coldtap.adaptors.restore import Restorer, StoredTaps
 from coldtap.adaptors.tasks import Task, task_of
 from coldtap.stores import Store
+from coldtap.stores.compensation import TapMaps
 from coldtap.stores.errors import SourceError
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -67,6 +68,7 @@ class FeatureBatches:
         shuffle: Shuffle = "uniform",
         rank: int = 0,
         world_size: int = 1,
+        maps: TapMaps | None = None,
     ) -> None:
         """Looks up the split's rows and targets; reads the features if they are to be kept.
 
@@ -81,6 +83,7 @@ class FeatureBatches:
             shuffle: `uniform`, or `block`, which reads rows near each other.
             rank: Number of this process among those that train together.
             world_size: Number of those processes; each takes its part of a shuffled epoch.
+            maps: A compensation of the taps of `spec`, which features go through.
 
         Raises:
             MissingFeaturesError: The store has no such targets, or not of every sample.
@@ -99,7 +102,7 @@ class FeatureBatches:
         block_rows = store.arrays[spec.array].spec.block_rows
         self._blocks = block_starts(self._rows[0], block_rows) if shuffle == "block" else None
         self.mixing: Mixing | None = None if self._blocks is None else block_mixing(self._blocks, batch_size)
-        taps = StoredTaps(store, spec)
+        taps = StoredTaps(store, spec, maps)
         self.bytes_per_sample = taps.bytes_per_row
         rows = self._rows[0] if len(self._rows) == 1 else np.unique(self._rows)
         self.residency = decide_residency(

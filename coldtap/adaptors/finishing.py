@@ -13,6 +13,7 @@ from safetensors.torch import save
 from coldtap import __version__
 from coldtap.adaptors.batches import FeatureBatches
 from coldtap.adaptors.checkpoint import TrialState
+from coldtap.adaptors.compensated import maps_bytes, maps_of
 from coldtap.adaptors.curves import draw_curves
 from coldtap.adaptors.devices import describe_device
 from coldtap.adaptors.learner import Tensors
@@ -97,16 +98,25 @@ def write_trials(
         if bad := [split for split, found in evaluated.items() if not math.isfinite(found.metrics.loss)]:
             ended.append(f"the {bad[0]} loss of the kept weights is not finite: train again with a lower lr")
             continue
-        data = save(weights[number])
+        data, maps = save(weights[number]), maps_of(store, plan.features, plan.settings.compensation)
+        compensation = None if maps is None else maps_bytes(maps)
         info = _info(
-            store, plan, state, evaluated, train, parameters=parameters[number], trials=trials, sha256_=sha256(data)
+            store,
+            plan,
+            state,
+            evaluated,
+            train,
+            parameters=parameters[number],
+            trials=trials,
+            weights=data,
+            compensation=compensation,
         )
         title = f"{plan.settings.adaptor} on {store.path.name}, {parameters[number]:,} parameters"
         # Trials that share a pass share one picture: drawing one each would take longer than a probe's training.
         picture = draw_curves(state.records, best=state.best, title=title, metric=info.metric) if trials == 1 else None
         predictions = {split: found.predictions for split, found in evaluated.items()}
         write_predictions(plan.folder, train.task.kind, predictions)
-        write_run(plan.folder, info, weights=data, epochs=state.records, picture=picture)
+        write_run(plan.folder, info, weights=data, compensation=compensation, epochs=state.records, picture=picture)
         ended.append(info)
     return ended
 
@@ -130,7 +140,8 @@ def _info(
     *,
     parameters: int,
     trials: int,
-    sha256_: str,
+    weights: bytes,
+    compensation: bytes | None,
 ) -> RunInfo:
     on_gpu = train.device.type == "cuda"
     return RunInfo(
@@ -151,11 +162,12 @@ def _info(
         store=str(store.path),
         model=store.recorded["model"],
         extractor=dict(store.recipe.extractor),
-        adaptor_sha256=sha256_,
+        adaptor_sha256=sha256(weights),
         mixing=None if train.mixing is None else str(train.mixing),
         trials=trials,
         seconds=state.seconds,
         bytes_per_sample=train.bytes_per_sample,
+        compensation_sha256=None if compensation is None else sha256(compensation),
     )
 
 

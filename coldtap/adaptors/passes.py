@@ -9,6 +9,7 @@ import torch
 
 from coldtap.adaptors.batches import FeatureBatches
 from coldtap.adaptors.checkpoint import Checkpoint, TrialState, read_checkpoint, remove_checkpoint
+from coldtap.adaptors.compensated import maps_of
 from coldtap.adaptors.finishing import write_trials
 from coldtap.adaptors.learnable import require_something_to_learn, require_splits
 from coldtap.adaptors.memory import available_memory_bytes
@@ -117,7 +118,7 @@ def _alike(plans: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
     groups: dict[object, list[PlannedTrial]] = {}
     for plan in plans:
         of = plan.settings
-        key = (plan.features, of.batch_size, of.order_seed, of.shuffle, of.target, of.fit)
+        key = (plan.features, of.batch_size, of.order_seed, of.shuffle, of.target, of.fit, of.compensation)
         groups.setdefault(key, []).append(plan)
     return list(groups.values())
 
@@ -173,6 +174,7 @@ class _Trainer:
             resident=self._resident if resident is None else resident,
             device=self._device,
             shuffle=settings.shuffle,
+            maps=maps_of(self._store, plan.features, settings.compensation),
         )
 
     def _tell(self, train: FeatureBatches, val: FeatureBatches | None) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from coldtap.adaptors.compensated import maps_of
 from coldtap.adaptors.devices import seeded
 from coldtap.adaptors.epoch_order import SHUFFLES
 from coldtap.adaptors.learner import Member
@@ -31,7 +32,8 @@ START_STREAM = 0  # random numbers of the start
 class TrainingOptions:
     """How a trial is trained; all but the batches and their order may differ among trials that share a pass.
 
-    `lr` None is the adaptor's own default; `order_seed` None is the seed.
+    `lr` None is the adaptor's own default; `order_seed` None is the seed. `compensation` names that of the store which
+    features go through; None leaves them as they are.
     """
 
     epochs: int = 100
@@ -47,6 +49,7 @@ class TrainingOptions:
     target: str = "label"
     fit: Fit = "train"
     keep: Keep = "best"
+    compensation: str | None = None
 
     def __post_init__(self) -> None:
         require_at_least(1, epochs=self.epochs, batch_size=self.batch_size)
@@ -106,6 +109,7 @@ def plan_trial(
     kind = adaptor_kind(adaptor)
     settings = _for_target(store, kind, training.target, settings)
     features, options = kind.plan(store, parse_options(kind.options, settings, adaptor=adaptor))
+    maps_of(store, features, training.compensation)  # refused before anything is read
     _require_grid(store, training.target, features)
     run_settings = RunSettings(
         adaptor=adaptor,
@@ -125,6 +129,7 @@ def plan_trial(
         patience=training.patience,
         fit=training.fit,
         keep=training.keep,
+        compensation=training.compensation,
     )
     return PlannedTrial(name=name, folder=folder, kind=kind, features=features, options=options, settings=run_settings)
 

@@ -1,13 +1,14 @@
 """Stored numbers of an adaptor's taps: read into a buffer, and made float32 on the device that trains.
 
 Codes and halves travel and stay as they are stored; they become float32 last, into one buffer, a few rows at a time so
-that a row is still in the cache for the next operation. On the CPU the result has the bits of `StoredArray.read_into`.
+that a row is still in the cache for the next operation. On the CPU the result has the bits of `StoredArray.read_into`,
+unless a compensation is applied with it.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from coldtap.adaptors.devices import to_device
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.stores import Store
 from coldtap.stores.array_reader import Exceptions
+from coldtap.stores.codes import Floats
+from coldtap.stores.compensation import TapMaps
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -41,8 +44,9 @@ class StoredTaps:
         bytes_per_row: Stored bytes of a row, without exceptions.
     """
 
-    def __init__(self, store: Store, spec: FeatureSpec) -> None:
-        self._array = store.arrays[spec.array]
+    def __init__(self, store: Store, spec: FeatureSpec, maps: TapMaps | None = None) -> None:
+        """Holds the array; `maps` are of the taps of `spec`, and are applied to what is restored."""
+        self._array, self._maps = store.arrays[spec.array], maps
         self._taps = None if spec.gather == "sum" else spec.taps
         self.row_shape = spec.row_shape
         self.dtype = TORCH_DTYPES[self._array.spec.dtype.str]
@@ -56,7 +60,16 @@ class StoredTaps:
 
     def read(self, out: np.ndarray[Any, Any], rows: Rows) -> Exceptions:
         """Reads rows into a part of a buffer; returns the values that its codes do not hold."""
-        return self._array.read_stored_into(out, rows, self._taps)
+        exceptions = self._array.read_stored_into(out, rows, self._taps)
+        return exceptions if self._maps is None else self._mapped(exceptions, self._maps)
+
+    def _mapped(self, exceptions: Exceptions, maps: TapMaps) -> Exceptions:
+        """Exceptions are put in after all else, so that they take their map here."""
+        n_taps, n_channels = maps.scale.shape
+        tap = exceptions.position // prod(self.row_shape[-2:]) % n_taps
+        channel = exceptions.position % n_channels
+        value = maps.scale[tap, channel] * exceptions.value + maps.offset[tap, channel]
+        return Exceptions(position=exceptions.position, value=value)
 
     def will_need(self, rows: Rows) -> None:
         """Tells the kernel that these rows are read next."""
@@ -67,18 +80,35 @@ class StoredTaps:
 
         Both broadcast over a row.
         """
+        scale, offset = self._stored_factors()
+        if self._maps is not None:
+            scale, offset = _folded(scale, offset, self._maps)
+        return over_row(scale, self.row_shape), over_row(offset, self.row_shape)
+
+    def _stored_factors(self) -> tuple[Floats | None, Floats | None]:
+        """Scale and offset (tap, channel) that the tier has by itself."""
         scaling = self._array.scaling_of(self._taps)
         exponents = self._array.exponents_of(self._taps)
         if scaling is not None:
-            return self._over_row(scaling.scale), self._over_row(scaling.offset)
-        if not any(exponents):
-            return None, None
+            return scaling.scale, scaling.offset
         # Powers of two: a product is exact, as is `ldexp`.
-        return self._over_row(np.ldexp(np.float32(1), exponents)[:, None]), None
+        return (np.ldexp(np.float32(1), exponents)[:, None], None) if any(exponents) else (None, None)
 
-    def _over_row(self, values: np.ndarray[Any, np.dtype[np.float32]]) -> torch.Tensor:
-        """(tap, channel) as (tap, 1, channel); for `sum`, which has no tap axis, as (1, channel)."""
-        return torch.from_numpy(values.reshape(*self.row_shape[:-2], 1, values.shape[-1]))
+
+def _folded(scale: Floats | None, offset: Floats | None, maps: TapMaps) -> tuple[Floats, Floats]:
+    """What restores stored numbers and maps them at once: rounded to float32 once."""
+    wide = maps.scale.astype(np.float64)
+    one, shift = (1.0 if scale is None else scale), (0.0 if offset is None else offset)
+    return (wide * one).astype(np.float32), (wide * shift + maps.offset).astype(np.float32)
+
+
+@overload
+def over_row(values: Floats, row_shape: tuple[int, ...]) -> torch.Tensor: ...
+@overload
+def over_row(values: None, row_shape: tuple[int, ...]) -> None: ...
+def over_row(values: Floats | None, row_shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Returns (tap, channel) as (tap, 1, channel); for `sum`, which has no tap axis, as (1, channel)."""
+    return None if values is None else torch.from_numpy(values.reshape(*row_shape[:-2], 1, values.shape[-1]))
 
 
 class Restorer:
@@ -88,6 +118,7 @@ class Restorer:
         scale, offset = taps.factors()
         self._scale = None if scale is None else scale.to(device)
         self._offset = None if offset is None else offset.to(device)
+        self._as_stored = scale is None and offset is None and taps.dtype == torch.float32
         on_cpu = device.type == "cpu"
         self._part = max(1, PART_VALUES // prod(taps.row_shape)) if on_cpu else batch_size
         self._out = torch.empty(batch_size, *taps.row_shape, device=device)
@@ -95,7 +126,7 @@ class Restorer:
 
     def rows(self, stored: torch.Tensor, exceptions: Exceptions) -> torch.Tensor:
         """Restores every row of `stored`: float32 of its shape."""
-        if stored.dtype == torch.float32:
+        if self._as_stored:
             return stored
         for part in self._parts(len(stored)):
             self._restore(self._out[part], stored[part])
@@ -103,7 +134,7 @@ class Restorer:
 
     def chosen(self, stored: torch.Tensor, index: torch.Tensor, exceptions: Exceptions) -> torch.Tensor:
         """Restores the rows of `stored` at `index` (on its device); exceptions are by place in the result."""
-        if stored.dtype == torch.float32:
+        if self._as_stored:
             return torch.index_select(stored, 0, index, out=self._out[: len(index)])
         for part in self._parts(len(index)):
             out = self._out[part]

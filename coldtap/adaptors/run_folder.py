@@ -2,6 +2,7 @@
 
 RUN/
   adaptor.safetensors   the weights that were kept, with the backbone's final norm where the head uses it
+  compensation.safetensors   the map that features went through, of a run that has one: scale, offset (tap, channel)
   predictions.parquet   one line a sample of each split that was evaluated
   epochs.csv            one line an epoch
   curves.png            the same as a picture; a run that was trained beside others shares theirs
@@ -9,7 +10,7 @@ RUN/
   failed.json           instead of all of these: why a trial came to no end
   checkpoint.safetensors   only while the run is unfinished
 
-Formats 1 and 2, of earlier versions, knew single labels and one way to fit; they are read too.
+Formats 1 to 3, of earlier versions, are read too: 1 and 2 knew single labels and one way to fit, 3 no compensation.
 """
 
 import csv
@@ -28,9 +29,10 @@ from coldtap.stores.durable import write_file
 from coldtap.stores.errors import RunError
 from coldtap.stores.target_kinds import TargetKind
 
-FORMAT = 3
-READABLE = (1, 2, FORMAT)
+FORMAT = 4
+READABLE = (1, 2, 3, FORMAT)
 ADAPTOR = "adaptor.safetensors"
+COMPENSATION = "compensation.safetensors"
 RUN = "run.json"
 EPOCHS = "epochs.csv"
 CURVES = "curves.png"
@@ -46,7 +48,8 @@ class RunSettings:
 
     `seed` decides the start and dropout; `order_seed` the order of samples and their views, so that trials with other
     seeds can share batches. `patience` is the number of epochs without a better val score after which a run ends.
-    `fit` names the splits that are learnt from; with both there is no val, and the last epoch is kept.
+    `fit` names the splits that are learnt from; with both there is no val, and the last epoch is kept. `compensation`
+    names that of the store which features go through; the store's digest stands for its numbers.
     """
 
     adaptor: str
@@ -66,6 +69,7 @@ class RunSettings:
     patience: int | None = None
     fit: Fit = "train"
     keep: Keep = "best"
+    compensation: str | None = None
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "RunSettings":
@@ -135,7 +139,8 @@ class RunInfo:
     shuffle is from a uniform one; `model` is the backbone as the store's maker named it, a timm name with its
     pretrained tag, which the extractor's `architecture` leaves out; `trials` is the number of trials that shared
     batches, seconds and memory with this one; `seconds` is its share of theirs; it and `bytes_per_sample` (stored
-    bytes of a sample's features) are 0 in formats 1 and 2.
+    bytes of a sample's features) are 0 in formats 1 and 2; `compensation_sha256` is of the file of that name, None
+    where there is none.
     """
 
     settings: RunSettings
@@ -160,6 +165,7 @@ class RunInfo:
     trials: int = 1
     seconds: float = 0.0
     bytes_per_sample: float = 0.0
+    compensation_sha256: str | None = None
 
     @property
     def extractor_digest(self) -> str:
@@ -269,6 +275,7 @@ def write_run(
     info: RunInfo,
     *,
     weights: bytes,
+    compensation: bytes | None,
     epochs: Sequence[EpochRecord],
     picture: bytes | None,
 ) -> None:
@@ -278,6 +285,8 @@ def write_run(
         MachineError: The disk is full, read-only or refuses.
     """
     write_file(folder / ADAPTOR, [weights])
+    if compensation is not None:
+        write_file(folder / COMPENSATION, [compensation])
     write_file(folder / EPOCHS, [epochs_csv(epochs)])
     if picture is not None:
         write_file(folder / CURVES, [picture])

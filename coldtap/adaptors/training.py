@@ -49,6 +49,7 @@ def train_adaptor(
     target: str = "label",
     fit: Fit = "train",
     keep: Keep = "best",
+    compensation: str | None = None,
     device: str = "auto",
     resident: bool | None = None,
     shuffle: str = "uniform",
@@ -77,6 +78,7 @@ def train_adaptor(
         target: Name of the targets.
         fit: The splits that are learnt from: `train`, or `train+val`.
         keep: The epoch that is kept: `best`, by val, or `last`.
+        compensation: Name of the store's compensation that features go through; the run carries its map.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         resident: Whether to keep features in memory; None decides by their size.
         shuffle: `uniform`, or `block`, which reads rows near each other, for a store far larger than memory.
@@ -108,6 +110,7 @@ def train_adaptor(
         target=target,
         fit=fit,
         keep=keep,
+        compensation=compensation,
     )
     plan = plan_trial(store, adaptor, training, settings or {}, name=out.name, folder=out)
     outcome = train_planned(

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from coldtap.adaptors.batches import FeatureBatches
+from coldtap.adaptors.compensated import maps_of
 from coldtap.adaptors.curves import draw_trials
 from coldtap.adaptors.devices import choose_device
 from coldtap.adaptors.finishing import add_split, evaluate
@@ -180,6 +181,7 @@ def _with_test(
             target=settings.target,
             resident=False,
             device=choose_device(device),
+            maps=maps_of(store, plans[0].features, settings.compensation),
         )
         weights = [load_file(plans[number].folder / ADAPTOR) for number in missing]
         evaluated = evaluate(store, [plans[number] for number in missing], weights, batches)

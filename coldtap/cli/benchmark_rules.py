@@ -66,7 +66,8 @@ def _rules_of(benchmark: "Benchmark") -> dict[str, Any]:
     return {
         "protocol": rules.protocol,
         "seeds": rules.seeds,
-        "training": asdict(rules.training),
+        # A benchmark's stores are its own and have no compensation; a folder of before there were any goes on.
+        "training": {name: value for name, value in asdict(rules.training).items() if name != "compensation"},
         "caching": {name: value for name, value in caching.items() if value not in (None, False)},
         ADAPTORS: {each.adaptor: _settings(each, rules.training) for each in benchmark.contenders},
         "datasets": sorted(benchmark.datasets),

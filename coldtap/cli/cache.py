@@ -22,13 +22,23 @@ def cache_features(
         ),
     ],
     store: Annotated[Path, typer.Argument(metavar="STORE", help="The store: a new path, or one to go on with.")],
-    model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
+    model: Annotated[
+        str | None,
+        typer.Option(help="A timm model name. Default: coldtap/vit-reference, or what --quantized was made of."),
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
     ] = None,
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
     ] = False,
+    quantized: Annotated[
+        Path | None,
+        typer.Option(help="A quantised backbone of `coldtap quantize`: it brings its weights and its preprocessing."),
+    ] = None,
+    kernel: Annotated[
+        str, typer.Option(help="Of a quantised backbone: auto (the fastest that is exact), int or float.")
+    ] = "auto",
     taps: Annotated[str, typer.Option(help="For layers and pooled: all, last:K, or indices such as 0,3,6.")] = "all",
     gather: Annotated[
         list[str] | None,
@@ -97,6 +107,8 @@ def cache_features(
             model=model,
             checkpoint=checkpoint,
             random_weights=random_weights,
+            quantised=quantized,
+            kernel=kernel,
             preprocess={name: value for name, value in overrides.items() if value is not None},
             precision=precision,  # type: ignore[arg-type] # checked inside, with a message
             device=device,

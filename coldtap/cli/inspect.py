@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.compensate import gain_lines
 from coldtap.cli.errors import show_errors, show_share
 from coldtap.cli.sizes import show_bytes
 from coldtap.stores.codes import describe_bound
@@ -51,6 +52,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
         augmented = f" + {of['augmented_rows']} augmented rows" if of["augmented_rows"] else ""
         lines.append(f"{split:<6} {of['samples']:>8} samples{augmented}{_labels(of.get('labels'))}")
     lines += [line for name, of in about["targets"].items() for line in _target_lines(name, of)]
+    lines += [line for name, fitted in about["compensations"].items() for line in _compensation_lines(name, fitted)]
     if about["n_rejected"]:
         lines.append(f"rejected {about['n_rejected']:>6} rows, such as:")
         lines += [f"    {bad['source']}: {bad['reason']}" for bad in about["rejected"][:5]]
@@ -91,6 +93,15 @@ def _target_lines(name: str, of: dict[str, Any]) -> list[str]:
     counts = {} if name == "label" else of["counts"]
     head = f"targets    {name}: {of['kind']}, {of['n_classes']} classes{grid}"
     return [head, *(f"    {split:<6}{_labels(labels)}" for split, labels in counts.items())]
+
+
+def _compensation_lines(name: str, fitted: dict[str, Any]) -> list[str]:
+    """On what maps were fitted, and what they gain on samples that were held out."""
+    head = (
+        f"compensated by {name}: {fitted['rows']} {fitted['split']} rows of the float store "
+        f"{fitted['float_store']['digest'][:12]}, ridge {fitted['ridge']:g}"
+    )
+    return [head, *(line for array, gains in fitted["gain"].items() for line in gain_lines(array, gains))]
 
 
 def _array_lines(array: dict[str, Any]) -> list[str]:

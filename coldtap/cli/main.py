@@ -14,10 +14,15 @@ import typer
 
 from coldtap.cli.benchmark import benchmark
 from coldtap.cli.cache import cache_features
+from coldtap.cli.compensate import compensate
 from coldtap.cli.convert import convert
+from coldtap.cli.diagnose import diagnose
+from coldtap.cli.evaluate import evaluate
 from coldtap.cli.export import export
+from coldtap.cli.export_backbone import export_backbone
 from coldtap.cli.inspect import inspect
 from coldtap.cli.predict import predict
+from coldtap.cli.quantize import quantize
 from coldtap.cli.report import report
 from coldtap.cli.signals import STOPPED
 from coldtap.cli.train import train_adaptor
@@ -67,10 +72,15 @@ def _app(help_text: str | None = None) -> typer.Typer:
 app = _app(HELP)
 app.command("cache-features")(guarded(cache_features))
 app.command("train-adaptor")(guarded(train_adaptor))
+app.command("quantize")(guarded(quantize))
+app.command("diagnose")(guarded(diagnose))
 app.command("benchmark")(guarded(benchmark))
+app.command("evaluate")(guarded(evaluate))
 app.command("predict")(guarded(predict))
+app.command("compensate")(guarded(compensate))
 app.command("convert")(guarded(convert))
 app.command("export")(guarded(export))
+app.command("export-backbone")(guarded(export_backbone))
 app.command("report")(guarded(report))
 app.command("inspect")(guarded(inspect))
 app.command("verify")(guarded(verify))

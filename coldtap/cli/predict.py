@@ -22,6 +22,9 @@ def predict(
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="The store was made with random weights.")
     ] = False,
+    quantized: Annotated[
+        Path | None, typer.Option(help="The quantised backbone's file, where the store was made with one.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test. Default: all images.")] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file. Default: standard output.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 32,
@@ -39,7 +42,9 @@ def predict(
 
     if batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
-    predictor = Predictor.load(run, model=model, checkpoint=checkpoint, random_weights=random_weights, device=device)
+    predictor = Predictor.load(
+        run, model=model, checkpoint=checkpoint, random_weights=random_weights, quantised=quantized, device=device
+    )
     images = open_source(source, labels="optional")
     listing = images.listing
     wanted = [i for i, of in enumerate(listing.splits) if split in (None, of)]

@@ -41,9 +41,16 @@ class Predictor:
 
     @classmethod
     def load(
-        cls, run: Path, *, model: str | None, checkpoint: Path | None, random_weights: bool, device: str
+        cls,
+        run: Path,
+        *,
+        model: str | None,
+        checkpoint: Path | None,
+        random_weights: bool,
+        quantised: Path | None,
+        device: str,
     ) -> "Predictor":
-        """Load a finished run and its backbone.
+        """Load a finished run, with the compensation that it may have, and its backbone.
 
         Raises:
             RunError: the run cannot be read.
@@ -57,8 +64,14 @@ class Predictor:
                 "in Python"
             )
         extractor = info.extractor
+        if (of := extractor.get("quantisation")) is not None and quantised is None:
+            raise ModelError(
+                f"{run} was trained on features of a quantised backbone ({of['scheme']}, artefact "
+                f"{of['artefact'][:12]}): give its file with --quantized"
+            )
         backbone = load_backbone(
-            model or info.model,
+            model or (None if quantised else info.model),
+            quantised=quantised,
             checkpoint=checkpoint,
             random_weights=random_weights,
             precision=extractor["precision"],
@@ -68,8 +81,8 @@ class Predictor:
         if digest_of(backbone.extractor()) != info.extractor_digest:
             fields = differing_fields(extractor, backbone.extractor())
             raise ModelError(
-                f"{run} was trained on features of another extractor; give the --model or --checkpoint it was made "
-                f"with. Fields that differ (trained on → given): {'; '.join(fields)}"
+                f"{run} was trained on features of another extractor; give the --model, --checkpoint or --quantized it "
+                f"was made with. Fields that differ (trained on → given): {'; '.join(fields)}"
             )
         return cls(backbone=backbone, adaptor=adaptor.to(backbone.device), info=info)
 

@@ -94,3 +94,11 @@ class JobProgress(WorkProgress):
             return f"{done}/{forecast.n_rows} rows  {rate:.0f} {self._unit}/s  {size}"
 
         self.start(forecast.n_rows, show)
+
+
+class UnitProgress(WorkProgress):
+    """Notes, and the blocks of a backbone that are compensated."""
+
+    def begin(self, n_units: int) -> None:
+        """Start the bar."""
+        self.start(n_units, lambda done, rate: f"{done}/{n_units} parts of the backbone", last_line=False)

@@ -52,6 +52,9 @@ def train_adaptor(
         ),
     ] = None,
     target: Annotated[str, typer.Option(help="Name of the targets.")] = "label",
+    compensation: Annotated[
+        str | None, typer.Option(help="Name of a compensation of STORE that features go through.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     shuffle: Annotated[
         str, typer.Option(help="uniform, or block: near reads, for a store far larger than memory.")
@@ -84,6 +87,7 @@ def train_adaptor(
         order_seed=order_seed,
         shuffle=shuffle,
         target=target,
+        compensation=compensation,
     )
     options = parse_pairs(settings or [], flag="--set", example="rank=4")
     with sigterm_interrupts(), EpochLines() as lines:

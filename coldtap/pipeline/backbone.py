@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from coldtap.pipeline.final_norm import final_norm
 from coldtap.pipeline.preprocess import Preprocess, normalise
+from coldtap.pipeline.quantisation.artefact import Artefact, read_artefact
+from coldtap.pipeline.quantisation.kernels import KernelChoice, choose_kernel
+from coldtap.pipeline.quantisation.loading import build_quantised
+from coldtap.pipeline.quantisation.run_on import run_on
+from coldtap.pipeline.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.taps import TapReader, geometries_of, read_taps_of
 from coldtap.pipeline.weights import create_timm_model, weights_digest
 from coldtap.stores.arrays import Geometry
@@ -35,6 +40,8 @@ class Backbone:
         precision: dtype of weights and activations.
         weights: SHA-256 of the float32 weights.
         norm: the final norm, as data.
+        quantisation: what the recipe says of a quantised backbone's artefact; None of a float one.
+        kernel: that a quantised backbone runs on, and why.
     """
 
     architecture: str
@@ -46,6 +53,8 @@ class Backbone:
     device: torch.device
     weights: str
     norm: FinalNorm | None
+    quantisation: Mapping[str, str] | None = None
+    kernel: KernelChoice | None = None
 
     @property
     def depth(self) -> int:
@@ -58,7 +67,7 @@ class Backbone:
         return {
             "architecture": self.architecture,
             "weights": self.weights,
-            "quantisation": None,
+            "quantisation": self.quantisation and dict(self.quantisation),
             "precision": self.precision,
             "preprocess": self.preprocess.to_dict(),
             "taps": [{"name": names[i], **geometry.to_dict()} for i, geometry in self.geometries.items()],
@@ -90,7 +99,7 @@ def exact_float32() -> Iterator[None]:
 
 
 def load_backbone(
-    model: str | nn.Module,
+    model: str | nn.Module | None = None,
     *,
     checkpoint: Path | None = None,
     random_weights: bool = False,
@@ -99,11 +108,13 @@ def load_backbone(
     preprocess: Preprocess | Mapping[str, Any] | None = None,
     taps: Sequence[str] | None = None,
     prefix_tokens: int = 0,
+    quantised: Path | None = None,
+    kernel: str = "auto",
 ) -> Backbone:
     """Load a backbone for extraction.
 
     Args:
-        model: a timm name, `coldtap/vit-reference`, or any module.
+        model: a timm name, `coldtap/vit-reference`, or any module. None is the artefact's, or `coldtap/vit-reference`.
         checkpoint: local weights for a timm name.
         random_weights: no weights at all, for a timm name.
         precision: dtype of weights and activations.
@@ -111,6 +122,8 @@ def load_backbone(
         preprocess: how images become inputs; a mapping overrides parts of the model's own configuration.
         taps: names of submodules, for a module from Python that is no timm model.
         prefix_tokens: tokens before the grid in named taps.
+        quantised: an artefact of `quantize`: it brings weights and preprocessing.
+        kernel: of a quantised backbone: auto, int or float.
 
     Raises:
         ModelError: the model, its weights or its taps cannot be used.
@@ -120,25 +133,25 @@ def load_backbone(
     if precision not in PRECISIONS:
         raise OptionError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
     place = resolve_device(device)
-    overrides = {} if isinstance(preprocess, Preprocess) else dict(preprocess or {})
-    if isinstance(model, str):
-        size = (preprocess.height, preprocess.width) if isinstance(preprocess, Preprocess) else None
-        module = create_timm_model(
-            model,
-            checkpoint=checkpoint,
-            random_weights=random_weights,
-            input_size=size or _sides(overrides.get("input_size")),
-        )
-    elif checkpoint is not None or random_weights:
-        raise OptionError("a module from Python comes with its weights: leave out checkpoint and random_weights")
+    artefact = None
+    if quantised is not None:
+        _refuse_beside_artefact(checkpoint, random_weights, precision, taps)
+        artefact = read_artefact(quantised)
+        module = build_quantised(artefact, quantised, model)
+        architecture, digest = artefact.about.architecture, artefact.about.backbone
+        how = _artefact_preprocess(artefact, quantised, preprocess)
     else:
-        module = copy.deepcopy(model).eval()  # the caller's own keeps its mode, dtype and device
-    architecture = _architecture(module, model)
-    digest = weights_digest(module)
-    how = preprocess if isinstance(preprocess, Preprocess) else _timm_preprocess(module, overrides)
+        asked = REFERENCE if model is None else model
+        module = _float_module(asked, checkpoint, random_weights, preprocess)
+        architecture, digest = _architecture(module, asked), weights_digest(module)
+        how = preprocess if isinstance(preprocess, Preprocess) else _timm_preprocess(module, dict(preprocess or {}))
     # Taken before the module is cast, so that the stored norm is the float32 one.
     norm = final_norm(module)
     module = module.requires_grad_(False).to(place, getattr(torch, precision))
+    choice = None
+    if artefact is not None:
+        choice = choose_kernel(kernel, place)
+        run_on(module, choice.kernel)
     reader = read_taps_of(module, taps, prefix_tokens)
     blank = torch.zeros(1, len(how.mean), how.height, how.width, dtype=getattr(torch, precision), device=place)
     with torch.inference_mode():
@@ -161,7 +174,52 @@ def load_backbone(
         device=place,
         weights=digest,
         norm=norm,
+        quantisation=None if artefact is None else artefact.identity(),
+        kernel=choice,
     )
+
+
+def _refuse_beside_artefact(
+    checkpoint: Path | None, random_weights: bool, precision: str, taps: Sequence[str] | None
+) -> None:
+    if checkpoint is not None or random_weights:
+        raise OptionError("--quantized brings its weights: leave out --checkpoint and --random-weights")
+    if precision != "float32":
+        raise OptionError(f"--precision {precision}: what a quantised backbone keeps in float is float32")
+    if taps is not None:
+        raise OptionError("a quantised backbone has the taps of its family: leave out tap_names")
+
+
+def _artefact_preprocess(
+    artefact: Artefact, path: Path, preprocess: Preprocess | Mapping[str, Any] | None
+) -> Preprocess:
+    """The preprocessing of the calibration; the ranges hold for no other."""
+    how = artefact.preprocess
+    if preprocess is None or preprocess == how or (isinstance(preprocess, Mapping) and not preprocess):
+        return how
+    asked = preprocess.to_dict() if isinstance(preprocess, Preprocess) else preprocess
+    raise OptionError(
+        f"--quantized {path} was calibrated with {how.to_dict()}, and {', '.join(map(str, asked))} cannot be others: "
+        "leave the options of the preprocessing out, or quantise with them"
+    )
+
+
+def _float_module(
+    model: str | nn.Module,
+    checkpoint: Path | None,
+    random_weights: bool,
+    preprocess: Preprocess | Mapping[str, Any] | None,
+) -> nn.Module:
+    if isinstance(model, str):
+        size = (
+            (preprocess.height, preprocess.width)
+            if isinstance(preprocess, Preprocess)
+            else _sides((preprocess or {}).get("input_size"))
+        )
+        return create_timm_model(model, checkpoint=checkpoint, random_weights=random_weights, input_size=size)
+    if checkpoint is not None or random_weights:
+        raise OptionError("a module from Python comes with its weights: leave out checkpoint and random_weights")
+    return copy.deepcopy(model).eval()  # the caller's own keeps its mode, dtype and device
 
 
 def _sides(input_size: Any) -> tuple[int, int] | None:

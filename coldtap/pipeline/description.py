@@ -22,7 +22,7 @@ class JobDescription:
     """The arguments of `cache_features` that decide a store's bytes; `source` may also be an opened one."""
 
     source: Any
-    model: str | nn.Module
+    model: str | nn.Module | None
     checkpoint: Path | None
     random_weights: bool
     preprocess: Preprocess | Mapping[str, Any] | None
@@ -40,6 +40,8 @@ class JobDescription:
     views: int
     augmentation: Augmentation | None
     seed: int
+    quantised: Path | None
+    kernel: str
 
     def dumps(self) -> bytes:
         """Pickle it, with the classes that only `__main__` has.
@@ -99,6 +101,8 @@ class JobDescription:
             preprocess=self.preprocess,
             taps=self.tap_names,
             prefix_tokens=self.prefix_tokens,
+            quantised=self.quantised,
+            kernel=self.kernel,
         )
 
     def plan(self, source: Source, backbone: Backbone, splits: Sequence[str]) -> JobPlan:

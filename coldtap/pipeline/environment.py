@@ -6,13 +6,15 @@ import timm
 import torch
 
 from coldtap import __version__
+from coldtap.pipeline.backbone import Backbone
 from coldtap.stores.errors import StoreError
 
-COMPARED = ("device", "torch", "timm", "batch_size")
+COMPARED = ("device", "torch", "timm", "kernel", "batch_size")
 
 
-def describe_environment(device: torch.device, batch_size: int) -> dict[str, Any]:
-    """Device, library versions and batch size."""
+def describe_environment(backbone: Backbone, batch_size: int) -> dict[str, Any]:
+    """Device, library versions, batch size, and of a quantised backbone the kernel."""
+    device = backbone.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
         "device": name,
@@ -20,6 +22,7 @@ def describe_environment(device: torch.device, batch_size: int) -> dict[str, Any
         "timm": timm.__version__,
         "coldtap": __version__,
         "batch_size": batch_size,
+        **({"kernel": backbone.kernel.kernel.name} if backbone.kernel else {}),
     }
 
 
@@ -29,7 +32,7 @@ def require_same_environment(before: dict[str, Any], now: dict[str, Any], *, all
     Raises:
         StoreError: naming what differs; features of the two would differ in their last bits.
     """
-    changed = [f"{key}: {before.get(key)} → {now[key]}" for key in COMPARED if before.get(key) != now[key]]
+    changed = [f"{key}: {before.get(key)} → {now.get(key)}" for key in COMPARED if before.get(key) != now.get(key)]
     if changed and not allow_mixed:
         raise StoreError(
             f"the store was begun elsewhere ({'; '.join(changed)}), and features would differ in their last bits: "

@@ -46,7 +46,7 @@ def cache_features(
     source: Any,
     store: str | Path,
     *,
-    model: str | nn.Module = "coldtap/vit-reference",
+    model: str | nn.Module | None = None,
     checkpoint: str | Path | None = None,
     random_weights: bool = False,
     preprocess: Preprocess | Mapping[str, Any] | None = None,
@@ -65,6 +65,8 @@ def cache_features(
     views: int = 0,
     augmentation: Augmentation | None = None,
     seed: int = 0,
+    quantised: str | Path | None = None,
+    kernel: str = "auto",
     batch_size: int | None = None,
     decode_threads: int | None = None,
     workers: int = 1,
@@ -79,7 +81,7 @@ def cache_features(
     Args:
         source: a path that `open_source` understands, a source, or any indexable of (image, target).
         store: where the store is, or will be. The same recipe goes on, or has nothing to do.
-        model: a timm name, `coldtap/vit-reference`, or any module.
+        model: a timm name, `coldtap/vit-reference` (the default), or any module; with `quantised` its own.
         checkpoint: local weights for a timm name.
         random_weights: no trained weights, for measurements.
         preprocess: overrides of the model's own configuration, or all of it.
@@ -98,6 +100,8 @@ def cache_features(
         views: augmented views of each training image, beside view 0.
         augmentation: how they are drawn.
         seed: of the row order, of a val split cut from train, and of the views.
+        quantised: an artefact of `quantize`, in place of weights, precision and preprocessing.
+        kernel: of a quantised backbone: `auto`, `int` or `float`.
         batch_size: images a forward pass; None goes on as the store began, or chooses.
         decode_threads: of all workers together; None for one a core.
         workers: processes that do blocks; the bytes are those of one. More than one need a source and a model that
@@ -136,11 +140,16 @@ def cache_features(
         views=views,
         augmentation=augmentation,
         seed=seed,
+        quantised=None if quantised is None else Path(quantised),
+        kernel=kernel,
     )
     images = asked.open_source()
     for note in images.listing.notes:
         told.note(note)
     backbone = asked.load_backbone()
+    if backbone.kernel is not None:
+        told.note(f"kernel {backbone.kernel.kernel.name}: {backbone.kernel.why}")
+        asked = replace(asked, kernel=backbone.kernel.kernel.name)  # workers shall not choose for themselves
     plan = asked.plan(images, backbone, _splits(path, found[0] if found else None, images.listing))
     if found is not None:
         require_same_recipe(path, found[0], plan.recipe)
@@ -150,7 +159,7 @@ def cache_features(
     if found is not None:
         require_extraction(path, found[1])
     size = batch_size or began.get("batch_size") or choose_batch_size(backbone)
-    environment = describe_environment(backbone.device, size)
+    environment = describe_environment(backbone, size)
     if found is not None:
         require_same_environment(began, environment, allow_mixed=allow_mixed)
     work = _Work(
@@ -158,7 +167,7 @@ def cache_features(
         plan=plan,
         n_workers=workers,
         description=_for_workers(asked, images) if workers > 1 else b"",
-        model=model if isinstance(model, str) else type(model).__name__,
+        model=_name_of(model, backbone),
         environment=environment,
         recorded=found[1] if found else None,
         fail_on_bad_image=on_bad_image == "fail",
@@ -310,6 +319,12 @@ class _Work:
         return request.error(
             f"stopped: {n_there} of {n_blocks} blocks of {self.store} are there and stay; run the same command to go on"
         )
+
+
+def _name_of(model: str | nn.Module | None, backbone: Backbone) -> str:
+    if model is None:
+        return backbone.architecture
+    return model if isinstance(model, str) else type(model).__name__
 
 
 def _check_options(

@@ -16,6 +16,7 @@ import numpy as np
 from coldtap import __version__
 from coldtap.stores.arrays import ArraySpec, Layout, Tier, geometries_of_recipe, plan_arrays
 from coldtap.stores.codes import ErrorBound, describe_bound
+from coldtap.stores.compensation import compensation_file
 from coldtap.stores.convert_block import Conversion, convert_block
 from coldtap.stores.convert_rows import row_plan, sample_columns
 from coldtap.stores.convert_scales import Trial, try_first_rows
@@ -256,7 +257,7 @@ class _Work:
             writer.start(self.recorded or plan.recorded(trial.errors), trial.numbers, plan.source.norm)
             self._convert(writer, todo, request)
             ids, sources = sample_columns(plan.source)
-            digest = writer.finish(ids, sources.__getitem__, self._targets())
+            digest = writer.finish(ids, sources.__getitem__, self._targets(), self._compensations())
         return plan.report(self.path, "written", digest=digest, ahead=ahead)
 
     def _try(self) -> Trial:
@@ -314,6 +315,11 @@ class _Work:
         for name in files:
             source.require_intact(name)
         return {Path(name).stem: (source.path / name).read_bytes() for name in files}
+
+    def _compensations(self) -> dict[str, bytes]:
+        """The files of the old store's compensations as they are: they say on which tier they were fitted."""
+        source = self.plan.source
+        return {file: source.read_file(file) for file in map(compensation_file, source.compensations)}
 
 
 def _blocks_at_once() -> int:

@@ -52,6 +52,7 @@ def _contents(store: Store, files: set[str]) -> dict[str, Any]:
         "splits": {split: _split(store, split) for split in store.splits},
         "targets": {name: _targets(store, name) for name in store.target_names},
         "norm": store.norm.kind if store.norm else None,
+        "compensations": {name: dict(store.compensation(name).fitted) for name in store.compensations},
         "arrays": [_array(store, name, files) for name in store.arrays],
     }
 

@@ -14,6 +14,7 @@ from coldtap.stores.array_reader import StoredArray, require_metadata
 from coldtap.stores.arrays import ArraySpec, arrays_of_recipe
 from coldtap.stores.canonical import sha256
 from coldtap.stores.codes import Floats
+from coldtap.stores.compensation import COMPENSATION, SUFFIX, Compensation, compensation_file, parse_compensation
 from coldtap.stores.errors import CorruptStoreError, MissingFeaturesError, StoreError
 from coldtap.stores.files import read_small
 from coldtap.stores.index import (
@@ -322,6 +323,29 @@ class Store:
     def n_classes(self, name: str = "label") -> int:
         """Classes of the targets of this name: as many as have a name, else up to the highest that occurs."""
         return self._target_table(name).n_classes
+
+    @property
+    def compensations(self) -> tuple[str, ...]:
+        """Names of the store's compensations, sorted."""
+        files = [file for file in self.manifest.entries() if file.startswith(f"{COMPENSATION}/")]
+        return tuple(file.removeprefix(f"{COMPENSATION}/").removesuffix(SUFFIX) for file in files)
+
+    def compensation(self, name: str) -> Compensation:
+        """Maps that bring the features near to those of the float backbone, and on what they were fitted.
+
+        Raises:
+            MissingFeaturesError: the store has no compensation of this name.
+            CorruptStoreError: its file is damaged.
+        """
+        file = compensation_file(name)
+        data = self._listed(file)
+        if data is None:
+            names = ", ".join(map(repr, self.compensations)) or "none"
+            raise MissingFeaturesError(
+                f"{self.path} has no compensation {name!r}; it has {names}: fit one with `coldtap compensate`"
+            )
+        specs = {array.name: array.spec for array in self.arrays.values()}
+        return parse_compensation(data, name, specs, self.path / file)
 
     @cached_property
     def norm(self) -> FinalNorm | None:

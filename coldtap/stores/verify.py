@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.compensation import compensation_file
 from coldtap.stores.errors import CorruptStoreError, StoreError
 from coldtap.stores.index import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
 from coldtap.stores.lock import LOCK_NAME
@@ -88,6 +89,7 @@ def verify_store(
     n_rows = 0
     if opened is not None:
         damaged |= {problem.where for problem in problems}
+        problems.extend(_compensation_problems(opened, damaged))
         for array in opened.arrays.values():
             problems.extend(escape_problems(opened, array, entries, damaged) if array.spec.tier == "int8" else ())
         found_rows, n_rows = _row_problems(opened, damaged)
@@ -131,6 +133,17 @@ def _content_problems(
         yield from shard_problems(store, entry, arrays[name], int(key.split("/")[0]), entries)
     elif file_entry(store, entry.name) != entry:
         yield Problem(where=entry.name, what="its SHA-256 is not the manifest's")
+
+
+def _compensation_problems(store: Store, damaged: Set[str]) -> Iterator[Problem]:
+    """Files of compensations that are what the manifest says, and yet no maps of this store's arrays."""
+    for name in store.compensations:
+        if (file := compensation_file(name)) in damaged:
+            continue
+        try:
+            store.compensation(name)
+        except CorruptStoreError as error:
+            yield Problem(where=file, what=str(error))
 
 
 def _tap_line_problems(entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]) -> Iterator[Problem]:

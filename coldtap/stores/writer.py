@@ -16,6 +16,7 @@ import numpy as np
 from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.block import ArrayBuffer, BlockBuffers
 from coldtap.stores.canonical import readable_json, sha256
+from coldtap.stores.compensation import COMPENSATION
 from coldtap.stores.durable import TEMPORARY_SUFFIX, machine_errors, write_file
 from coldtap.stores.errors import IncompleteStoreError
 from coldtap.stores.escapes import escape_chunks, longest_list
@@ -91,7 +92,7 @@ class StoreWriter:
         """Temporary files of a dead job; only where coldtap writes, for others may use the same ending."""
         for name in (RECIPE, SAMPLES, REJECTED, MANIFEST):
             yield self.store / (name + TEMPORARY_SUFFIX)
-        for folder in (FEATURES, JOURNAL, TARGETS):
+        for folder in (FEATURES, JOURNAL, TARGETS, COMPENSATION):
             yield from (self.store / folder).rglob(f"*{TEMPORARY_SUFFIX}")
 
     def _write_missing(self, name: str, data: bytes) -> None:
@@ -187,24 +188,32 @@ class StoreWriter:
         fault_point("escapes-renamed")
         shards[key] = ShardRecord(n_bytes=len(data), sha256=sha256(data))
 
-    def finish(self, ids: Sequence[str], where: Callable[[int], str], targets: Mapping[str, bytes]) -> str:
+    def finish(
+        self,
+        ids: Sequence[str],
+        where: Callable[[int], str],
+        targets: Mapping[str, bytes],
+        others: Mapping[str, bytes] | None = None,
+    ) -> str:
         """Write the tables and the manifest; returns the store's digest.
 
         Args:
             ids: sample ids by sample index.
             where: where a sample came from, by sample index.
             targets: Parquet bytes by target name.
+            others: bytes of further small files, by their path under the store.
 
         Raises:
             IncompleteStoreError: a block is missing.
         """
         write_rows(self.store / SAMPLES, SAMPLES_SCHEMA, self._samples(ids, where))
         write_rows(self.store / REJECTED, REJECTED_SCHEMA, self._rejected(ids, where))
-        for name, data in targets.items():
-            write_file(self.store / targets_name(name), [data])
+        beside = {**{targets_name(name): data for name, data in targets.items()}, **(others or {})}
+        for name, data in beside.items():
+            write_file(self.store / name, [data])
         escapes = self._write_escape_metadata()
         fault_point("index-written")
-        return write_manifest(self.store, self._entries([*self._statics, *escapes, *map(targets_name, targets)]))
+        return write_manifest(self.store, self._entries([*self._statics, *escapes, *beside]))
 
     def _write_escape_metadata(self) -> Iterable[str]:
         coded = [spec for spec in self.specs if spec.tier == "int8"]
@@ -275,12 +284,23 @@ def has_other_targets(store: Path, name: str, data: bytes) -> bool:
 
 
 def update_targets(store: Path, name: str, data: bytes) -> None:
-    """Replace the targets of a complete store without touching a feature; the caller holds its lock.
+    """Replace the targets of a complete store without touching a feature; the caller holds its lock."""
+    update_file(store, targets_name(name), data)
 
-    The table is written before the manifest that names it; a death between the two is mended by the same call.
+
+def holds_file(store: Path, file: str, data: bytes) -> bool:
+    """Whether a complete store has a file of these bytes, on disk and in its manifest."""
+    known = read_manifest(store).find(file)
+    same = known is not None and known.sha256 == sha256(data)
+    return same and (store / file).exists() and file_entry(store, file) == known
+
+
+def update_file(store: Path, file: str, data: bytes) -> None:
+    """Add or replace a small file of a complete store; the caller holds its lock.
+
+    It is written before the manifest that names it; a death between the two is mended by the same call.
     """
     entries = read_manifest(store).entries()
-    file = targets_name(name)
     write_file(store / file, [data])
     write_manifest(store, {**entries, file: file_entry(store, file)}.values())
 

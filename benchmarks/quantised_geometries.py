@@ -1,0 +1,105 @@
+"""Larger geometries with random weights: the signal-to-noise ratio of every tap, in place of accuracy."""
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.quantised_budget import METHODS, RANGES, REPARAMETERISED, SITES, TARGET, Budget, Place
+from coldtap.pipeline.backbone import exact_float32, load_backbone
+from coldtap.pipeline.preprocess import normalise
+from coldtap.pipeline.quantisation.calibration_images import N_FOLDS, read_calibration_images
+from coldtap.pipeline.quantisation.cwac import compensate_channels
+from coldtap.pipeline.quantisation.kernels import choose_kernel
+from coldtap.pipeline.quantisation.layers import quantised_layers
+from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
+from coldtap.pipeline.quantisation.quantize import FIRST_LAYERS
+from coldtap.pipeline.quantisation.qwt import compensate_blocks
+from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer, parse_override
+from coldtap.pipeline.taps import read_taps_of
+
+N_HELD_OUT = 16
+LARGEST_BATCH = 8
+SOURCE = "grocery"  # photographs, the largest of the sets
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometryTask:
+    """A model with random weights, its calibration images, and a scheme."""
+
+    place: Place
+    budget: Budget
+    model: str
+    n_images: int
+    scheme: str
+
+    @property
+    def cell(self) -> str:
+        """Name of its file."""
+        return f"snr-{self.model}-{self.scheme}"
+
+
+def run_geometry(task: GeometryTask) -> str:
+    """Fills a cell; one that is done is left as it is."""
+    if task.place.read(task.cell, task.budget) is None:
+        began = time.perf_counter()
+        found = _snr_by_method(task)
+        task.place.write(task.cell, task.budget, {**found, "seconds": time.perf_counter() - began})
+    return task.cell
+
+
+def _snr_by_method(task: GeometryTask) -> dict[str, Any]:
+    """Decibels by method and tap, on images that nothing was fitted on."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone = load_backbone(task.model, random_weights=True, device="cpu")
+    source = task.place.dataset(SOURCE if SOURCE in task.budget.sets else task.budget.sets[0])
+    read = read_calibration_images(source, backbone.preprocess, n_images=task.n_images + N_HELD_OUT, seed=0)
+    pixels = torch.cat(list(read.batches))
+    size = min(LARGEST_BATCH, task.n_images // N_FOLDS)
+    by_layer = SchemeByLayer(
+        scheme=Scheme.parse(task.scheme), overrides=dict(parse_override(one) for one in FIRST_LAYERS)
+    )
+    base = quantise(
+        backbone,
+        pixels[N_HELD_OUT:].split(size),
+        by_layer,
+        ranges=RANGES,
+        reparameterised=REPARAMETERISED,
+        seed=0,
+    )
+    kernel = choose_kernel("auto", backbone.device).kernel
+    for layer in quantised_layers(base.model).values():
+        layer.use(kernel)
+    held_out = normalise(pixels[:N_HELD_OUT], backbone.preprocess, torch.float32).split(LARGEST_BATCH)
+    wanted = _taps(base.float_model, held_out)
+    taps_db: dict[str, list[float]] = {}
+    for method in METHODS:
+        models = replace(base, model=copy.deepcopy(base.model))
+        _compensate(models, method)
+        taps_db[method] = [_snr_db(tap, got) for tap, got in zip(wanted, _taps(models.model, held_out), strict=True)]
+    return {"n_images": task.n_images, "n_held_out": N_HELD_OUT, "taps_db": taps_db}
+
+
+def _taps(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Every tap of all images, (image, token, channel)."""
+    reader = read_taps_of(model, None, 0)
+    with torch.inference_mode(), exact_float32():
+        return [torch.cat(of_tap) for of_tap in zip(*(reader(batch) for batch in batches), strict=True)]
+
+
+def _snr_db(wanted: Tensor, got: Tensor) -> float:
+    """Variance of the float values over the mean squared error."""
+    return float(10 * torch.log10(wanted.var(unbiased=False) / (wanted - got).square().mean()))
+
+
+def _compensate(models: QuantisedModel, method: str) -> None:
+    if method == "cwac":
+        sites = models.anatomy.choose_sites(models.anatomy.sites if SITES is None else SITES)
+        compensate_channels(models, sites=sites, target=TARGET)
+    elif method == "qwt":
+        compensate_blocks(models, target=TARGET)

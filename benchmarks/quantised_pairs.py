@@ -1,0 +1,61 @@
+"""Differences of paired results, in points, with their 95 % intervals."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# Two-sided 95 % points of Student's t by degrees of freedom; the last holds for more too, and is then a little wide.
+T_95 = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+)
+
+# Accuracy by seed, set and adaptor.
+type Series = dict[int, dict[str, dict[str, float]]]
+
+
+def pair_series(left: Series, right: Series, adaptors: Sequence[str]) -> dict[str, Any] | None:
+    """left − right: a pair a set and seed that both have, the mean of the adaptors; Student's t over the pairs."""
+    differences = [
+        100 * statistics.mean(left[seed][name][adaptor] - right[seed][name][adaptor] for adaptor in adaptors)
+        for seed in left
+        if seed in right
+        for name in left[seed]
+    ]
+    if not differences:
+        return None
+    mean, n = statistics.mean(differences), len(differences)
+    if n == 1:
+        return {"difference": mean, "interval": None, "pairs": n}
+    half = T_95[min(n - 1, len(T_95)) - 1] * statistics.stdev(differences) / math.sqrt(n)
+    return {"difference": mean, "interval": [mean - half, mean + half], "pairs": n}
+
+
+def pair_images(left: dict[int, str], right: dict[int, str], n_images: int) -> dict[str, Any] | None:
+    """left − right by seed: bits of what was right, in hexadecimal; a pair an image, the mean of the seeds."""
+    seeds = [seed for seed in left if seed in right]
+    if not seeds:
+        return None
+    each = np.mean([_bits(left[seed], n_images) - _bits(right[seed], n_images) for seed in seeds], axis=0)
+    mean, half = 100 * float(each.mean()), 196 * float(each.std(ddof=1)) / math.sqrt(n_images)
+    return {"difference": mean, "interval": [mean - half, mean + half], "pairs": n_images}
+
+
+def _bits(hexadecimal: str, n: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+    packed = np.frombuffer(bytes.fromhex(hexadecimal), np.uint8)
+    return np.unpackbits(packed)[:n].astype(np.float64)

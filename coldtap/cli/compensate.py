@@ -1,0 +1,54 @@
+"""`coldtap compensate STORE FLOAT_STORE`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coldtap.cli.signals import sigterm_interrupts
+
+
+def compensate(
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="Features of a quantised backbone.")],
+    float_store: Annotated[
+        Path, typer.Argument(metavar="FLOAT_STORE", help="Features of the float backbone, of some of the same images.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the compensation.")] = "cwac",
+    split: Annotated[str, typer.Option(help="Whose rows are used; others stay unseen.")] = "train",
+    max_rows: Annotated[int | None, typer.Option(help="Use so many rows that both have. Default: all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Fit two numbers a channel that bring the features of STORE near to float ones, and record them in STORE.
+
+    No feature is touched. `train-adaptor --compensation` and `coldtap evaluate --compensation` apply them.
+    """
+    from coldtap.stores.fitting_compensation import fit_compensation
+
+    with sigterm_interrupts():
+        report = fit_compensation(store, float_store, name=name, split=split, max_rows=max_rows)
+    gains = {array: [asdict(gain) for gain in of] for array, of in report.arrays.items()}
+    if as_json:
+        fields = {field: getattr(report, field) for field in report.__slots__}
+        print(json.dumps({**fields, "store": str(report.store), "arrays": gains}, indent=1))
+        return
+    done = "is there already; nothing to do" if report.status == "unchanged" else "written"
+    print(f"{store}: compensation {name} from {report.n_rows} {split} rows ({report.n_samples} samples) {done}")
+    for array, of_taps in gains.items():
+        for line in gain_lines(array, of_taps):
+            print(line)
+
+
+def gain_lines(array: str, gains: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The SNR of each tap of an array before and after, on samples that were held out."""
+    return [
+        f"    {array}  tap {gain['tap']:>3}  {_db(gain['before_db'])} → {_db(gain['after_db'])} dB, "
+        f"{gain['mapped']} channels mapped"
+        for gain in gains
+    ]
+
+
+def _db(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"

@@ -1,0 +1,126 @@
+"""`diagnose MODEL`: what quantisation takes from a backbone, and what compensation gives back, site by site."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from coldtap.pipeline.quantisation.diagnosis import Diagnosis, Spread
+
+
+def diagnose(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm model name (ViT, DeiT or ResNet), or coldtap/vit-reference.")
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(help="Images to calibrate on, and others to measure on: any source that cache-features takes."),
+    ],
+    out: Annotated[Path, typer.Option(help="The folder for sites.csv, diagnosis.png and diagnosis.json.")],
+    scheme: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w6a6, w4a8 or w4a4.")] = "w8a8",
+    seeds: Annotated[int, typer.Option(help="Calibrate so many times, with seeds from 0 on.")] = 3,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            help="Calibration images; a quarter as many others are held out. Default: 512 in all, or all where there "
+            "are fewer, a fifth of them held out."
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
+    ] = False,
+    ranges: Annotated[str, typer.Option(help="How ranges are chosen: least-squares or percentile.")] = "least-squares",
+    reparameterise: Annotated[
+        bool,
+        typer.Option(
+            "--reparameterise/--no-reparameterise",
+            help="Give the channels behind a layer norm one range first (RepQ-ViT).",
+        ),
+    ] = True,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN=SCHEME", help="Other bits, or float, for layers of that name; repeat it."),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="What a site should give: local (float on the quantised stream) or true.")
+    ] = "local",
+    input_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the diagnosis as JSON.")] = False,
+) -> None:
+    """Show what quantisation takes from MODEL and what CWAC and QwT give back, with several calibration seeds.
+
+    Numbers are signal to noise in dB, on images held out of the fits. No quantised backbone is written.
+    """
+    from coldtap.cli.progress import UnitProgress
+    from coldtap.cli.signals import sigterm_interrupts
+    from coldtap.pipeline.quantisation.diagnose import FILES
+    from coldtap.pipeline.quantisation.diagnose import diagnose as run
+
+    with sigterm_interrupts(), UnitProgress() as progress:
+        diagnosis = run(
+            model,
+            calibration,
+            out,
+            scheme=scheme,
+            seeds=seeds,
+            images=images,
+            checkpoint=checkpoint,
+            random_weights=random_weights,
+            preprocess={} if input_size is None else {"input_size": input_size},
+            device=device,
+            ranges=ranges,  # type: ignore[arg-type] # checked inside, with a message
+            reparameterise=reparameterise,
+            overrides=override or (),
+            target=target,  # type: ignore[arg-type]
+            reporter=progress,
+        )
+    if as_json:
+        print(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False))
+        return
+    print("\n\n".join(_tables(diagnosis)))
+    n_seeds = len(diagnosis.runs)
+    print(
+        f"\n{out}: {', '.join(FILES)}; {diagnosis.architecture} in {diagnosis.scheme}, {n_seeds} "
+        f"{'seeds: mean (lowest … highest)' if n_seeds > 1 else 'seed'}; {diagnosis.n_calibration} images to calibrate "
+        f"on, {diagnosis.n_held_out} others held out"
+    )
+
+
+def _tables(diagnosis: "Diagnosis") -> Sequence[str]:
+    """Sites, blocks and taps."""
+    from coldtap.pipeline.quantisation.diagnostics import aligned
+
+    sites = [
+        (
+            site.name,
+            _db(site.uncompensated_db),
+            _db(site.cwac_db),
+            f"{site.kept.mean:.0%}",
+            f"{site.off_diagonal_share.mean:.1%}",
+            f"{site.off_diagonal_share_of_change.mean:.0%}",
+            _db(site.full_gain_db),
+        )
+        for site in diagnosis.sites
+    ]
+    blocks = [(block.name, _db(block.uncompensated_db), _db(block.qwt_db)) for block in diagnosis.blocks]
+    taps = [(tap.name, _db(tap.uncompensated_db), _db(tap.cwac_db), _db(tap.qwt_db)) for tap in diagnosis.taps]
+    kept, off, change = "channels kept", "off-diagonal of M", "of M − 1"
+    return [
+        aligned(("site, dB", "before", "CWAC", kept, off, change, "full M over CWAC"), sites),
+        aligned(("block, dB", "before", "QwT"), blocks),
+        aligned(("tap, dB", "before", "CWAC", "QwT"), taps),
+    ]
+
+
+def _db(spread: "Spread") -> str:
+    from coldtap.pipeline.quantisation.diagnostics import show_db
+
+    mean = show_db(spread.mean)
+    return mean if len(spread.values) == 1 else f"{mean} ({show_db(spread.lowest)} … {show_db(spread.highest)})"

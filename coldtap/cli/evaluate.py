@@ -1,0 +1,44 @@
+"""`coldtap evaluate RUN STORE`."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store of the same backbone.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    compensation: Annotated[
+        str | None,
+        typer.Option(help="Name of a compensation of STORE. Default: the run's own, on features of its extractor."),
+    ] = None,
+    across_quantisation: Annotated[
+        bool,
+        typer.Option("--across-quantisation", help="STORE may differ from the run in quantisation and precision."),
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Evaluate a trained adaptor on a split of STORE; nothing is written."""
+    from coldtap.adaptors import evaluate_adaptor
+
+    found = evaluate_adaptor(
+        run,
+        store,
+        split=split,
+        compensation=compensation,
+        across_quantisation=across_quantisation,
+        device=device,
+        note=lambda sentence: print(sentence, file=sys.stderr),
+    )
+    if as_json:
+        print(json.dumps({**asdict(found), "run": str(run), "store": str(store)}, indent=1))
+        return
+    scores = ", ".join(f"{name} {score:.4f}" for name, score in found.metrics.scores.items())
+    through = f", compensation {found.compensation}" if found.compensation else ""
+    print(f"{run} on {store}, {split} ({found.metrics.n_samples} samples){through}: {scores}")

@@ -1,0 +1,113 @@
+"""`quantize MODEL`: a quantised and compensated backbone as one file."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from coldtap.cli.sizes import show_bytes
+
+
+def quantize(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A timm model name (ViT, DeiT or ResNet), or coldtap/vit-reference.")
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(help="Images to calibrate on: any source that cache-features takes; of one with splits, train."),
+    ],
+    out: Annotated[Path, typer.Option(help="The file to write (.safetensors); an older one is replaced.")],
+    scheme: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w6a6, w4a8 or w4a4.")] = "w8a8",
+    compensate: Annotated[
+        str,
+        typer.Option(help="cwac (two numbers a channel, folded away), qwt (a matrix a block, run beside it) or none."),
+    ] = "cwac",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
+    ] = False,
+    images: Annotated[
+        int | None, typer.Option(help="Calibration images. Default: 512, or all where there are fewer.")
+    ] = None,
+    ranges: Annotated[str, typer.Option(help="How ranges are chosen: least-squares or percentile.")] = "least-squares",
+    reparameterise: Annotated[
+        bool,
+        typer.Option(
+            "--reparameterise/--no-reparameterise",
+            help="Give the channels behind a layer norm one range first (RepQ-ViT).",
+        ),
+    ] = True,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=SCHEME",
+            help="Other bits, or float, for layers of that name, such as 'blocks.0.*=w8a8'; repeat it. The first layer "
+            "has w8a8 unless one matches it.",
+        ),
+    ] = None,
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Layers that CWAC goes after; repeat it. Default: attn.proj and mlp.fc2, or every convolution. "
+            "'*' is all.",
+        ),
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help="What a site should give: local (float on the quantised stream) or true.")
+    ] = "local",
+    ridge: Annotated[
+        float | None,
+        typer.Option(help="Of the compensation. Default: CWAC's own, and the best on held-out images for QwT."),
+    ] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the model's.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Chooses the calibration images.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Quantise a backbone, compensate it, and write it as one file for `cache-features --quantized`."""
+    from coldtap.cli.progress import UnitProgress
+    from coldtap.cli.signals import sigterm_interrupts
+    from coldtap.pipeline.quantisation.quantize import quantize as run
+
+    with sigterm_interrupts(), UnitProgress() as progress:
+        report = run(
+            model,
+            calibration,
+            out,
+            scheme=scheme,
+            compensate=compensate,  # type: ignore[arg-type] # checked inside, with a message
+            checkpoint=checkpoint,
+            random_weights=random_weights,
+            preprocess={} if input_size is None else {"input_size": input_size},
+            device=device,
+            images=images,
+            ranges=ranges,  # type: ignore[arg-type]
+            reparameterise=reparameterise,
+            overrides=override or (),
+            sites=site or None,
+            target=target,  # type: ignore[arg-type]
+            ridge=ridge,
+            seed=seed,
+            reporter=progress,
+        )
+    if as_json:
+        print(json.dumps({**asdict(report), "path": str(report.path)}, indent=1))
+        return
+    if report.fits:
+        print(_table(report.fits))
+    print(
+        f"{report.path}: {report.n_layers} layers in {scheme}, {show_bytes(report.n_bytes)} (float32: "
+        f"{show_bytes(report.float_bytes)}); digest {report.digest}"
+    )
+
+
+def _table(fits: Any) -> str:
+    """What the compensation does, a line a site."""
+    from coldtap.pipeline.quantisation.diagnostics import site_table
+
+    return site_table(fits)

@@ -1,0 +1,1 @@
+"""Quantised backbones: integer weights and activations, compensation, and kernels that run them."""

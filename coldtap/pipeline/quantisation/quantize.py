@@ -1,0 +1,216 @@
+"""`coldtap quantize` as one call: a backbone and calibration images to an artefact."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+from torch import nn
+
+from coldtap.pipeline.backbone import exact_float32, load_backbone
+from coldtap.pipeline.preprocess import Preprocess
+from coldtap.pipeline.quantisation.artefact import About, write_artefact
+from coldtap.pipeline.quantisation.calibration_images import read_calibration_images
+from coldtap.pipeline.quantisation.cwac import SiteFit, compensate_channels
+from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
+from coldtap.pipeline.quantisation.qwt import RIDGES, compensate_blocks
+from coldtap.pipeline.quantisation.ranges import RANGE_METHODS, RangeMethod
+from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer, parse_override
+from coldtap.pipeline.quantisation.sites import TARGETS, Target
+from coldtap.stores.channel_affine import RIDGE
+from coldtap.stores.errors import OptionError
+
+type Compensation = Literal["none", "qwt", "cwac"]
+COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation.__value__)
+
+# The first layer reads pixels and is a thousandth of the work: eight bits whatever the rest has, as RepQ-ViT does.
+FIRST_LAYERS = ("patch_embed.*=w8a8", "conv1=w8a8", "conv1.0=w8a8")
+
+
+class Reporter(Protocol):
+    """Told what happens; the command line shows it."""
+
+    def note(self, text: str) -> None:
+        """A sentence that the user should read."""
+
+    def begin(self, n_units: int) -> None:
+        """Compensation begins; so many units will be advanced through."""
+
+    def advance(self, n_units: int) -> None:
+        """Units done since the last call."""
+
+
+class Silence:
+    """A reporter that says nothing."""
+
+    def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def begin(self, n_units: int) -> None:
+        """Say nothing."""
+
+    def advance(self, n_units: int) -> None:
+        """Say nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizationReport:
+    """What `quantize` made.
+
+    Attributes:
+        path: the artefact.
+        digest: SHA-256 of it.
+        n_bytes: its size.
+        float_bytes: what the backbone's weights take in float32.
+        n_layers: quantised layers.
+        left_float: from the name of what stays float to the reason.
+        n_images: calibration images.
+        n_unusable: images that were passed over.
+        fits: what the compensation does, site by site; empty without one.
+    """
+
+    path: Path
+    digest: str
+    n_bytes: int
+    float_bytes: int
+    n_layers: int
+    left_float: Mapping[str, str]
+    n_images: int
+    n_unusable: int
+    fits: Sequence[SiteFit]
+
+
+def quantize(
+    model: str | nn.Module,
+    calibration: Any,
+    out: str | Path,
+    *,
+    scheme: str = "w8a8",
+    compensate: Compensation = "cwac",
+    checkpoint: str | Path | None = None,
+    random_weights: bool = False,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
+    device: str = "auto",
+    images: int | None = None,
+    ranges: RangeMethod = "least-squares",
+    reparameterise: bool = True,
+    overrides: Sequence[str] = (),
+    sites: Sequence[str] | None = None,
+    target: Target = "local",
+    ridge: float | None = None,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> QuantizationReport:
+    """Quantise a backbone, compensate it, and write it as one file for `cache_features(quantized=…)`.
+
+    Args:
+        model: a timm name, `coldtap/vit-reference`, or any module of a family that can be quantised.
+        calibration: images: a path that `open_source` understands, a source, or any indexable of (image, target).
+        out: the artefact.
+        scheme: bits of weights and activations, such as `w8a8`.
+        compensate: `cwac` (two numbers a channel, folded), `qwt` (a matrix a block, run beside it) or `none`.
+        checkpoint: local weights for a timm name.
+        random_weights: no trained weights, for measurements.
+        preprocess: overrides of the model's own configuration, or all of it.
+        device: auto, cpu, cuda or cuda:N.
+        images: calibration images; None is 512, or all where there are fewer.
+        ranges: `least-squares` or `percentile`.
+        reparameterise: give the channels behind a layer norm one range first (RepQ-ViT).
+        overrides: `PATTERN=SCHEME` or `PATTERN=float` by layer name; the last that matches counts. The first layer has
+            w8a8 unless one of them matches it.
+        sites: patterns of layers that CWAC goes after; None for `attn.proj` and `mlp.fc2`, or every convolution.
+        target: what a site should give: `local` or `true`.
+        ridge: of the compensation; None is the default of CWAC, and the best of a few on images held out for QwT.
+        seed: chooses images and remembered tokens.
+        reporter: told what happens.
+
+    Raises:
+        ColdtapError: one of its kinds (`coldtap.stores.errors`), always with what to do.
+    """
+    told = reporter or Silence()
+    _check(compensate, ranges, target, ridge, sites)
+    by_layer = SchemeByLayer(
+        scheme=Scheme.parse(scheme), overrides=dict(parse_override(one) for one in (*FIRST_LAYERS, *overrides))
+    )
+    path = Path(out)
+    backbone = load_backbone(
+        model,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        random_weights=random_weights,
+        device=device,
+        preprocess=preprocess,
+    )
+    calibrating = read_calibration_images(calibration, backbone.preprocess, n_images=images, seed=seed)
+    if calibrating.n_unusable:
+        told.note(f"{calibrating.n_unusable} calibration images cannot be read and were passed over")
+    told.note(f"calibrating on {calibrating.n_images} images")
+    models = quantise(backbone, calibrating.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
+    for name, why in models.anatomy.left_float.items():
+        told.note(f"left in float: {name} ({why})")
+    # On the simulation that the layers begin with: a kernel that is chosen by its speed would give other last bits, and
+    # at four bits another fit, from one run to the next.
+    with exact_float32():
+        fits = _compensate(models, compensate, sites, target, ridge, told)
+    about = About(
+        model=model if isinstance(model, str) else None,
+        architecture=backbone.architecture,
+        backbone=backbone.weights,
+        preprocess=backbone.preprocess.to_dict(),
+        scheme=scheme,
+        compensation=compensate,
+        settings={
+            "ranges": ranges,
+            "reparameterised": reparameterise,
+            "overrides": [*FIRST_LAYERS, *overrides],
+            "sites": None if sites is None else list(sites),
+            "target": target,
+            "ridge": ridge,
+        },
+        calibration={"digest": calibrating.digest, "images": calibrating.n_images, "seed": seed},
+        left_float=models.anatomy.left_float,
+    )
+    digest = write_artefact(path, models.model, about)
+    return QuantizationReport(
+        path=path,
+        digest=digest,
+        n_bytes=path.stat().st_size,
+        float_bytes=sum(value.numel() * value.element_size() for value in backbone.module.state_dict().values()),
+        n_layers=len(models.anatomy.layers),
+        left_float=models.anatomy.left_float,
+        n_images=calibrating.n_images,
+        n_unusable=calibrating.n_unusable,
+        fits=fits,
+    )
+
+
+def _check(compensate: str, ranges: str, target: str, ridge: float | None, sites: Sequence[str] | None) -> None:
+    for option, value, known in (
+        ("--compensate", compensate, COMPENSATIONS),
+        ("--ranges", ranges, RANGE_METHODS),
+        ("--target", target, TARGETS),
+    ):
+        if value not in known:
+            raise OptionError(f"{option} {value}: choose one of {', '.join(known)}")
+    if ridge is not None and not ridge >= 0:
+        raise OptionError(f"--ridge {ridge}: give 0 or more")
+    if sites is not None and compensate != "cwac":
+        raise OptionError(f"--site is of --compensate cwac; {compensate} was asked for")
+
+
+def _compensate(
+    models: QuantisedModel,
+    kind: Compensation,
+    sites: Sequence[str] | None,
+    target: Target,
+    ridge: float | None,
+    told: Reporter,
+) -> list[SiteFit]:
+    if kind == "none":
+        return []
+    told.begin(len(models.anatomy.units))
+    if kind == "cwac":
+        chosen = models.anatomy.choose_sites(models.anatomy.sites if sites is None else sites)
+        ridge = RIDGE if ridge is None else ridge
+        return compensate_channels(models, sites=chosen, target=target, ridge=ridge, advance=told.advance)
+    ridges = RIDGES if ridge is None else (ridge,)
+    return compensate_blocks(models, target=target, ridges=ridges, advance=told.advance)

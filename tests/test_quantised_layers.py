@@ -1,0 +1,305 @@
+"""Codes, ranges, kernels and folding: one layer at a time."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from coldtap.pipeline.quantisation import kernels
+from coldtap.pipeline.quantisation.kernels import FloatKernel, IntMmKernel, OneDnnKernel, choose_kernel
+from coldtap.pipeline.quantisation.layers import QuantisedLayer
+from coldtap.pipeline.quantisation.packing import pack, unpack
+from coldtap.pipeline.quantisation.product import GeluInto
+from coldtap.pipeline.quantisation.ranges import (
+    RANGE_METHODS,
+    ActivationRange,
+    activation_range,
+    weight_codes,
+    weight_scales,
+)
+from coldtap.pipeline.quantisation.reparameterise import reparameterise
+from coldtap.pipeline.quantisation.scheme import SCHEMES, Scheme, SchemeByLayer, parse_override
+from coldtap.stores.channel_affine import ChannelAffine
+from coldtap.stores.errors import MachineError, OptionError
+
+CPU = torch.device("cpu")
+INTEGER_KERNELS = (OneDnnKernel(), IntMmKernel())
+# A float32 sum of exact products against an exact sum that is scaled once: some steps of float32.
+ROUNDING = 1e-5
+
+
+def linear(n_in=40, n_out=24, *, bias=True):
+    torch.manual_seed(0)
+    return nn.Linear(n_in, n_out, bias=bias), torch.randn(3, 10, n_in) + 0.3
+
+
+def convolution(**options):
+    torch.manual_seed(0)
+    return nn.Conv2d(6, 16, options.pop("kernel", 3), **options), torch.randn(2, 6, 13, 13) - 0.2
+
+
+LAYERS = {
+    "linear": linear(),
+    "linear, odd sizes, no bias": linear(37, 13, bias=False),
+    "convolution": convolution(padding=1),
+    "convolution, strided, dilated": convolution(stride=2, padding=2, dilation=2, bias=False),
+    "patches": convolution(kernel=4, stride=4),
+    "flat kernel": convolution(kernel=(1, 5), padding=(0, 2), stride=(2, 1)),
+}
+
+
+def quantise(layer, values, scheme, method="least-squares"):
+    bits = Scheme.parse(scheme)
+    rows = values.movedim(1, -1) if values.ndim == 4 else values
+    rows = rows.reshape(-1, rows.shape[-1])
+    span = activation_range(rows, float(rows.min()), float(rows.max()), method, bits.largest_activation)
+    return QuantisedLayer.of(layer, bits, span, method)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.integers(0, 70), st.integers(0, 2**32))
+def test_codes_are_packed_at_their_width_and_come_back(bits, n, seed):
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(low, high, (n, 3), endpoint=True).astype(np.int8))
+    packed = pack(codes, bits)
+    assert len(packed) == -(-n * 3 * bits // 8)
+    assert torch.equal(unpack(packed, bits, (n, 3)), codes)
+
+
+def test_packing_is_as_the_specification_draws_it():
+    """Four codes of six bits in three bytes, lowest bits first: 1, −1, 2, −32."""
+    packed = pack(torch.tensor([1, -1, 2, -32], dtype=torch.int8), 6)
+    assert packed.tolist() == [0b11000001, 0b00101111, 0b10000000]
+
+
+def test_a_file_with_too_few_bytes_is_refused():
+    with pytest.raises(ValueError, match="2 bytes for 4 codes of 6 bits"):
+        unpack(torch.zeros(2, dtype=torch.uint8), 6, (4,))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(-100, 100), st.floats(-100, 100), st.integers(2, 8))
+def test_a_range_holds_zero_exactly_and_errs_by_half_a_step(a, b, bits):
+    largest = 2**bits - 1
+    span = ActivationRange.spanning(min(a, b), max(a, b), largest)
+    assert span.restore(span.quantise(torch.zeros(1), largest)) == 0
+    values = torch.linspace(min(a, b, 0), max(a, b, 0), 50)
+    errors = (span.restore(span.quantise(values, largest)) - values).abs()
+    # The zero point is a whole number, so that an end may lie half a step outside.
+    assert float(errors.max()) <= span.scale * 1.001 + 1e-30
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_least_squares_ranges_lose_no_more_than_percentiles_and_the_whole_range(scheme):
+    rows = torch.randn(500, 20) * torch.logspace(-2, 1, 20)
+    bits = Scheme.parse(scheme)
+    low, high, largest = float(rows.min()), float(rows.max()), bits.largest_activation
+    found = {method: activation_range(rows, low, high, method, largest) for method in RANGE_METHODS}
+    found["whole"] = ActivationRange.spanning(low, high, largest)
+    lost = {
+        name: float((span.restore(span.quantise(rows, largest)) - rows).square().sum()) for name, span in found.items()
+    }
+    assert lost["least-squares"] <= min(lost.values()) * (1 + 1e-6)
+    weight = rows.T.contiguous()
+    errors = []
+    for scales in (
+        weight_scales(weight, "least-squares", bits.largest_weight),
+        weight.abs().amax(1) / bits.largest_weight,
+    ):
+        restored = weight_codes(weight, scales, bits.largest_weight) * scales[:, None]
+        errors.append((restored - weight).square().sum(1))
+    assert (errors[0] <= errors[1] * (1 + 1e-5)).all()
+    if scheme == "w4a4":
+        assert errors[0].sum() < errors[1].sum() * 0.9
+
+
+def test_a_weight_of_zeros_has_codes_of_zero():
+    for method in RANGE_METHODS:
+        scales = weight_scales(torch.zeros(2, 5), method, 7)
+        assert (scales > 0).all()
+        assert not weight_codes(torch.zeros(2, 5), scales, 7).any()
+
+
+@pytest.mark.parametrize("kernel", INTEGER_KERNELS, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_integers_agree_with_the_simulation(kernel, name, scheme):
+    layer, values = LAYERS[name]
+    quantised = quantise(layer, values, scheme)
+    simulated = quantised(values)
+    quantised.use(kernel)
+    found = quantised(values)
+    assert found.shape == layer(values).shape
+    assert float((found - simulated).abs().max()) <= ROUNDING * float(simulated.abs().max())
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_eight_bits_are_near_the_float_layer_and_four_are_further(name):
+    layer, values = LAYERS[name]
+    wanted = layer(values).detach()
+    errors = [
+        float((quantise(layer, values, scheme)(values) - wanted).square().mean() / wanted.var()) for scheme in SCHEMES
+    ]
+    assert errors[0] < 1e-3
+    assert errors == sorted(errors)
+
+
+@pytest.mark.parametrize("kernel", [FloatKernel(), *INTEGER_KERNELS], ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_a_gelu_that_is_fused_gives_the_codes_of_the_next_layer(kernel, approximate, bits):
+    layer, values = LAYERS["linear"]
+    quantised = quantise(layer, values, "w8a8")
+    span = ActivationRange.spanning(-0.17, 1.1, 2**bits - 1)
+    wanted = span.quantise(nn.functional.gelu(quantised(values), approximate=approximate), 2**bits - 1)
+    quantised.use(kernel, then=GeluInto(approximate=approximate, range=span, largest=2**bits - 1))
+    found = quantised(values)
+    assert found.dtype == torch.uint8
+    assert int(found.max()) <= 2**bits - 1
+    difference = (found.int() - wanted.int()).abs()
+    assert int(difference.max()) <= 1  # a value between two codes may fall on either
+    assert float((difference > 0).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compensation_folds_into_scale_and_bias_and_changes_no_integer(name):
+    layer, values = LAYERS[name]
+    plain, folded = quantise(layer, values, "w4a4"), quantise(layer, values, "w4a4")
+    rng = np.random.default_rng(0)
+    affine = ChannelAffine(scale=rng.uniform(0.3, 3, len(layer.weight)), offset=rng.normal(size=len(layer.weight)))
+    folded.compensate(affine)
+    before, after = plain.product(), folded.product()
+    assert torch.equal(before.codes, after.codes)
+    assert torch.equal(plain.quantise(values), folded.quantise(values))
+    assert before.input == after.input
+    assert after.scale.shape == before.scale.shape
+    shape = (-1, *(1,) * (values.ndim - 2)) if values.ndim == 4 else (-1,)
+    scale, offset = (torch.from_numpy(part).reshape(shape) for part in (affine.scale, affine.offset))
+    for kernel in (FloatKernel(), *INTEGER_KERNELS):
+        plain.use(kernel)
+        folded.use(kernel)
+        wanted = plain(values) * scale + offset
+        torch.testing.assert_close(folded(values).double(), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+
+
+def test_only_a_layer_without_a_bias_gains_one():
+    for bias in (True, False):
+        layer, values = linear(bias=bias)
+        quantised = quantise(layer, values, "w8a8")
+        assert (quantised.product().bias is None) == (not bias)
+        quantised.compensate(ChannelAffine.identity(24))
+        assert quantised.product().bias.shape == (24,)
+
+
+def test_a_norm_and_its_reader_are_rewritten_without_a_change_and_their_channels_then_share_a_range():
+    torch.manual_seed(0)
+    norm, layer, values = nn.LayerNorm(30), nn.Linear(30, 8, bias=False), torch.randn(400, 30)
+    with torch.no_grad():
+        norm.weight.copy_(torch.logspace(-2, 1, 30))
+        norm.bias.copy_(torch.linspace(-3, 3, 30))
+        wanted, rows = layer(norm(values)), norm(values)
+        moved = reparameterise(norm, layer, rows, 15)
+        torch.testing.assert_close(layer(norm(values)), wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+        torch.testing.assert_close(norm(values), moved, rtol=0, atol=1e-4)
+    spans = [(one.amax(0).clamp(min=0) - one.amin(0).clamp(max=0)) for one in (rows, moved)]
+    assert float(spans[0].max() / spans[0].min()) > 20
+    assert float(spans[1].max() / spans[1].min()) < 2
+
+
+# Choosing a kernel.
+
+
+class SaturatingKernel(OneDnnKernel):
+    """What a CPU without VNNI does: sums of two products in 16 bits."""
+
+    name = "onednn"
+
+    def prepare(self, product):
+        def run(codes):
+            if product.window is not None:
+                return OneDnnKernel().prepare(product)(codes)
+            pairs = (codes.int() - product.input.zero).unflatten(-1, (-1, 2)).unsqueeze(-3)
+            sums = (pairs * product.codes.int().unflatten(-1, (-1, 2))).sum(-1).clamp(-(2**15), 2**15 - 1)
+            return sums.sum(-1).float() * product.scale + product.bias
+
+        return run
+
+
+def test_a_kernel_that_saturates_is_found_out(monkeypatch):
+    monkeypatch.setattr(kernels, "_kernels_of", lambda device: {"onednn": SaturatingKernel()})
+    kernels._flaw.cache_clear()
+    try:
+        choice = choose_kernel("auto", CPU)
+        assert choice.kernel.name == "float"
+        assert choice.why == "no integer kernel computes exactly here (onednn: wrong sums)"
+        with pytest.raises(MachineError, match=r"--kernel int: no integer kernel computes exactly here .*wrong sums"):
+            choose_kernel("int", CPU)
+        with pytest.raises(MachineError, match="--kernel onednn: wrong sums on this machine; use --kernel auto"):
+            choose_kernel("onednn", CPU)
+    finally:
+        kernels._flaw.cache_clear()
+
+
+def test_a_kernel_that_is_not_there_is_passed_over(monkeypatch):
+    class Missing(OneDnnKernel):
+        def prepare(self, product):
+            raise RuntimeError("no such operator\nand more")
+
+    monkeypatch.setattr(kernels, "_kernels_of", lambda device: {"onednn": Missing(), "int_mm": IntMmKernel()})
+    kernels._flaw.cache_clear()
+    try:
+        assert choose_kernel("int", CPU).kernel.name == "int_mm"
+    finally:
+        kernels._flaw.cache_clear()
+
+
+@pytest.mark.parametrize(("speed", "kernel"), [(3.0, "onednn"), (0.9, "float")])
+def test_a_kernel_that_is_slower_than_float_is_not_taken_unasked(monkeypatch, speed, kernel):
+    monkeypatch.setattr(kernels, "_speeds", lambda device, names: {"onednn": speed, "int_mm": speed / 2})
+    choice = choose_kernel("auto", CPU)
+    assert choice.kernel.name == kernel
+    assert f"onednn computes exactly, at {speed} × the speed of float32" in choice.why
+    assert choose_kernel("int", CPU).kernel.name == "onednn"
+
+
+def test_an_unknown_kernel_is_an_option_error():
+    with pytest.raises(OptionError, match="--kernel fast: choose one of auto, int, float"):
+        choose_kernel("fast", CPU)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", LAYERS)
+def test_integers_agree_with_the_simulation_on_a_gpu(name):
+    layer, values = LAYERS[name]
+    quantised = quantise(layer, values, "w8a8")
+    simulated = quantised(values)
+    choice = choose_kernel("int", torch.device("cuda"))
+    quantised.use(choice.kernel)
+    found = quantised.cuda()(values.cuda()).cpu()
+    assert float((found - simulated).abs().max()) <= ROUNDING * float(simulated.abs().max())
+
+
+# Schemes.
+
+
+def test_schemes_have_names_and_overrides_go_by_the_last_pattern_that_matches():
+    assert [str(Scheme.parse(name)) for name in SCHEMES] == list(SCHEMES)
+    assert (Scheme.parse("w6a8").largest_weight, Scheme.parse("w4a6").largest_activation) == (31, 63)
+    overrides = dict(map(parse_override, ("blocks.*=w8a8", "blocks.1.*=float", "blocks.1.mlp.*=w6a6")))
+    schemes = SchemeByLayer(scheme=Scheme.parse("w4a4"), overrides=overrides)
+    names = ("stem", "blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.fc1", "blocks.11.attn.qkv")
+    assert [str(schemes.of(name)) for name in names] == ["w4a4", "w8a8", "None", "w6a6", "w8a8"]
+
+
+@pytest.mark.parametrize("name", ["w1a8", "w8", "int8", "w9a9", "w8a8 ", ""])
+def test_an_unknown_scheme_is_an_option_error(name):
+    with pytest.raises(OptionError, match="choose one of w8a8, w6a6, w4a8, w4a4"):
+        Scheme.parse(name)
+
+
+@pytest.mark.parametrize("text", ["blocks", "=w8a8"])
+def test_an_override_of_another_form_is_an_option_error(text):
+    with pytest.raises(OptionError, match=f"--override {text}: expected PATTERN=SCHEME"):
+        parse_override(text)
