@@ -149,21 +149,15 @@ def read_artefact(path: Path) -> Artefact:
         tensors = load_tensors(data)
         with safetensors.safe_open(str(path), "pt") as file:
             said = json.loads((file.metadata() or {})[KEY])
-        found = said.pop("format")
-    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        if (found := said.pop("format")) != FORMAT:
+            raise ModelError(f"--quantized {path} has format {found}; this version of coldtap reads {FORMAT}")
+        layers, strides, about = said.pop("layers"), said.pop("qwt_strides"), About(**said)
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"--quantized {path} is no artefact of `coldtap quantize` ({type(error).__name__}: {error})"
         ) from error
-    if found != FORMAT:
-        raise ModelError(f"--quantized {path} has format {found}; this version of coldtap reads {FORMAT}")
-    layers, strides = said.pop("layers"), said.pop("qwt_strides")
     return Artefact(
-        about=About(**said),
-        digest=sha256(data),
-        n_bytes=len(data),
-        tensors=tensors,
-        layers=layers,
-        strides=strides,
+        about=about, digest=sha256(data), n_bytes=len(data), tensors=tensors, layers=layers, strides=strides
     )
 
 

@@ -5,7 +5,7 @@ by unit. ViT and DeiT are timm's `VisionTransformer` of plain blocks; ResNet is 
 first.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -199,17 +199,18 @@ def _is_plain(convolution: nn.Conv2d) -> bool:
 
 
 def fold_norms(model: nn.Module) -> None:
-    """Fold each batch norm that follows a convolution into it, in place; the norm's place is kept by an identity."""
+    """Fold each batch norm that follows a convolution into it, in place; the norm's place is kept by an identity.
+
+    The convolution may be the last of a sequence, as in a deep stem.
+    """
     for parent in list(model.modules()):
-        for (name, layer), (norm_name, norm) in _neighbours(parent):
+        for (name, layer), (norm_name, norm) in pairwise(list(parent.named_children())):
+            holder = parent
+            if isinstance(layer, nn.Sequential) and len(layer):
+                holder, (name, layer) = layer, list(layer.named_children())[-1]
             if isinstance(layer, nn.Conv2d) and type(norm) is nn.BatchNorm2d:
-                setattr(parent, name, fuse_conv_bn_eval(layer, norm))
+                setattr(holder, name, fuse_conv_bn_eval(layer, norm))
                 setattr(parent, norm_name, nn.Identity())
-
-
-def _neighbours(parent: nn.Module) -> Iterator[tuple[tuple[str, nn.Module], tuple[str, nn.Module]]]:
-    children = [(name, child) for name, child in parent.named_children()]
-    yield from pairwise(children)
 
 
 def require_same_taps(taps: Sequence[Tensor], others: Sequence[Tensor], what: str) -> None:
