@@ -1,4 +1,5 @@
-"""`python -m benchmarks [extraction] [comparison] [memory] [reading] [opening] [trials] [--quick] [--json FILE]`."""
+"""`python -m benchmarks [NAME …] [--quick] [--json FILE]`: extraction, comparison, memory, reading, opening, trials or
+integers."""
 
 import argparse
 import json
@@ -197,6 +198,7 @@ def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records],
     # Imported late: what is measured runs in processes of its own, which import this module again.
     from benchmarks.comparison import comparison_table, measure_comparison
     from benchmarks.extraction import measure_extraction
+    from benchmarks.integers import integers_tables, measure_integers
     from benchmarks.memory import measure_memory
     from benchmarks.opening import measure_opening
     from benchmarks.reading import measure_reading
@@ -209,6 +211,7 @@ def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records],
         "reading": (measure_reading, reading_tables),
         "opening": (measure_opening, opening_tables),
         "trials": (measure_trials, trials_table),
+        "integers": (measure_integers, integers_tables),
     }
 
 
@@ -217,7 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "names",
         nargs="*",
-        help="extraction (the default), comparison (with LoRA), memory (50,000 images), reading, opening, trials",
+        help="extraction (the default), comparison (with LoRA), memory (50,000 images), reading, opening, trials, "
+        "integers (quantised backbones)",
     )
     parser.add_argument("--quick", action="store_true", help="only see that they run: the numbers mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records too")

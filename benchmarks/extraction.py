@@ -231,7 +231,7 @@ def _decoded(case: Case, batch_size: int, n_images: int) -> Iterator[torch.Tenso
             yield torch.stack(list(batch))
 
 
-class _Clock:
+class Clock:
     """A reporter that notes when extraction begins."""
 
     def note(self, text: str) -> None:
@@ -250,7 +250,7 @@ def extraction_speed(case: Case, decoding: bool, tier: str) -> Speed:
     from coldtap import cache_features
 
     images = encoded_images(case.file_side) if decoding else decoded_images(case.file_side, case.side)
-    clock = _Clock()
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         cache_features(
             # A val split of its own, so that none is cut from train; it is not extracted.

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from coldtap.adaptors.training import train_adaptor as train_adaptor
     from coldtap.pipeline.job import cache_features as cache_features
     from coldtap.pipeline.quantisation.diagnose import diagnose as diagnose
+    from coldtap.pipeline.quantisation.onnx_export import export_backbone as export_backbone
     from coldtap.pipeline.quantisation.quantize import quantize as quantize
     from coldtap.stores.adding_targets import add_targets as add_targets
     from coldtap.stores.fitting_compensation import fit_compensation as fit_compensation
@@ -24,6 +25,7 @@ _PUBLIC = {
     "cache_features": "coldtap.pipeline.job",
     "diagnose": "coldtap.pipeline.quantisation.diagnose",
     "evaluate_adaptor": "coldtap.adaptors.evaluating",
+    "export_backbone": "coldtap.pipeline.quantisation.onnx_export",
     "fit_compensation": "coldtap.stores.fitting_compensation",
     "open_store": "coldtap.stores.store",
     "quantize": "coldtap.pipeline.quantisation.quantize",
@@ -34,6 +36,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "cache_features",
     "diagnose",
     "evaluate_adaptor",
+    "export_backbone",
     "fit_compensation",
     "open_store",
     "quantize",

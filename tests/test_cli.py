@@ -32,6 +32,7 @@ COMMANDS = (
     "evaluate",
     "quantize",
     "diagnose",
+    "export-backbone",
     "predict",
     "compensate",
     "report",
@@ -50,6 +51,7 @@ OPTIONS = {
     "quantize": "--calibration --out --scheme --compensate --checkpoint --images --ranges --reparameterise --override "
     "--site --target --ridge --device --seed --json",
     "diagnose": "--calibration --out --scheme --seeds --images --json",
+    "export-backbone": "--format --out --json",
     "compensate": "--name --split --max-rows --json",
     "report": "--out --source --no-images",
     "export": "--format --out --json",

@@ -199,7 +199,7 @@ def _artefact_preprocess(
         return how
     asked = preprocess.to_dict() if isinstance(preprocess, Preprocess) else preprocess
     raise OptionError(
-        f"--quantized {path} was calibrated with {how.to_dict()}, and {', '.join(map(str, asked))} cannot be others: "
+        f"{path} was calibrated with {how.to_dict()}, and {', '.join(map(str, asked))} cannot be others: "
         "leave the options of the preprocessing out, or quantise with them"
     )
 

@@ -142,20 +142,18 @@ def read_artefact(path: Path) -> Artefact:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ModelError(f"--quantized {path}: no such file; `coldtap quantize` makes one") from None
+        raise ModelError(f"{path}: no such file; `coldtap quantize` makes one") from None
     except OSError as error:
-        raise ModelError(f"--quantized {path} cannot be read: {error.strerror}") from error
+        raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     try:
         tensors = load_tensors(data)
         with safetensors.safe_open(str(path), "pt") as file:
             said = json.loads((file.metadata() or {})[KEY])
         if (found := said.pop("format")) != FORMAT:
-            raise ModelError(f"--quantized {path} has format {found}; this version of coldtap reads {FORMAT}")
+            raise ModelError(f"{path} has format {found}; this version of coldtap reads {FORMAT}")
         layers, strides, about = said.pop("layers"), said.pop("qwt_strides"), About(**said)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"--quantized {path} is no artefact of `coldtap quantize` ({type(error).__name__}: {error})"
-        ) from error
+        raise ModelError(f"{path} is no artefact of `coldtap quantize` ({type(error).__name__}: {error})") from error
     return Artefact(
         about=about, digest=sha256(data), n_bytes=len(data), tensors=tensors, layers=layers, strides=strides
     )
@@ -184,7 +182,7 @@ def restore_into(model: nn.Module, artefact: Artefact, path: Path) -> None:
             _set(model, name, value)
     except (ModelError, AttributeError, KeyError, ValueError) as error:
         raise ModelError(
-            f"--quantized {path} is of {artefact.about.architecture} and does not fit {type(model).__name__} "
+            f"{path} is of {artefact.about.architecture} and does not fit {type(model).__name__} "
             f"({error}): give the model that it was made of"
         ) from error
 

@@ -28,17 +28,15 @@ def build_quantised(artefact: Artefact, path: Path, model: str | nn.Module | Non
         module = copy.deepcopy(model).eval()
         if (digest := weights_digest(module)) != about.backbone:
             raise ModelError(
-                f"--quantized {path} is of a backbone with weights {about.backbone[:12]}…, and the module that was "
+                f"{path} is of a backbone with weights {about.backbone[:12]}…, and the module that was "
                 f"given has {digest[:12]}…: give the one that it was made of"
             )
     elif about.model is None:
-        raise ModelError(
-            f"--quantized {path} was made of a module from Python ({about.architecture}): give it as `model`"
-        )
+        raise ModelError(f"{path} was made of a module from Python ({about.architecture}): give it as `model`")
     else:
         if model not in (None, about.model, about.architecture):
             raise ModelError(
-                f"--quantized {path} is of {about.model}, and --model {model} was asked for: leave --model out, or "
+                f"{path} is of {about.model}, and --model {model} was asked for: leave --model out, or "
                 "quantise that one"
             )
         size = (artefact.preprocess.height, artefact.preprocess.width)
