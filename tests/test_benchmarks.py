@@ -43,6 +43,22 @@ def test_quick_benchmarks_print_finite_ratios(tmp_path, capsys):
         assert f"{record['ratio']:.2f}" in printed
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_start")
+def test_the_quick_benchmark_of_integers_prints_ratios_to_float_and_shares_of_time(tmp_path, capsys):
+    main(["integers", "--quick", "--json", str(tmp_path / "records.json")])
+    printed = capsys.readouterr().out
+    records = json.loads((tmp_path / "records.json").read_text())["integers"]
+    speeds = {(record["measured"], record["contestant"]): record for record in records if "contestant" in record}
+    assert len(speeds) == 7
+    assert all(record["images_per_s"] > 0 for record in speeds.values())
+    assert speeds["whole extraction", "w8a8"]["goal"] == 2
+    assert f"{speeds['backbone alone', 'w8a8']['ratio']:.2f}" in printed
+    shares = next(record["shares"] for record in records if record["measured"] == "profile")
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["integer products"] > 0
+
+
 def test_an_unknown_benchmark_is_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["speed"])

@@ -468,6 +468,8 @@ def test_the_commands_quantise_cache_train_and_predict(tmp_path, images):
     assert cached.exit_code == 0, cached.stderr
     assert "kernel " in cached.stderr
     run = tmp_path / "run"
+    seen = coldtap("inspect", tmp_path / "s").stdout
+    assert f"(w8a8, compensation cwac, artefact {read_artefact(out).digest[:12]}, weights " in seen
     trained = coldtap("train-adaptor", tmp_path / "s", "--adaptor", "linear", "--epochs", "1", "--out", run)
     assert trained.exit_code == 0, trained.stderr
     predicted = coldtap("predict", run, images, "--quantized", out)

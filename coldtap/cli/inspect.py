@@ -28,6 +28,14 @@ def inspect(
         print(line)
 
 
+def _arithmetic(extractor: dict[str, Any]) -> str:
+    """The precision of a backbone, or the scheme and the artefact of a quantised one."""
+    quantised = extractor["quantisation"]
+    if quantised is None:
+        return str(extractor["precision"])
+    return f"{quantised['scheme']}, compensation {quantised['compensation']}, artefact {quantised['artefact'][:12]}"
+
+
 def _lines(about: dict[str, Any]) -> list[str]:
     extractor, rows, encoding = (about["recipe"][part] for part in ("extractor", "rows", "encoding"))
     recorded = about["recorded"]
@@ -36,7 +44,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
         f"store      {about['path']}  {show_bytes(about['n_bytes'])}",
         f"state      {_state(about)}",
         f"address    {about['address']}",
-        f"backbone   {extractor['architecture']}  ({extractor['precision']}, weights {extractor['weights'][:12]})",
+        f"backbone   {extractor['architecture']}  ({_arithmetic(extractor)}, weights {extractor['weights'][:12]})",
         f"input      {prep['height']} × {prep['width']}, {prep['interpolation']}, {prep['crop_mode']} crop "
         f"{prep['crop_pct']}, mean {prep['mean']}, std {prep['std']}",
         f"source     {recorded['source']}  views {rows['views']}, seed {rows['seed']}",
