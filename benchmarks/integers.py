@@ -3,8 +3,8 @@
 Whole extraction is `cache_features` with its defaults, decoding and a store on disk included, timed from the forecast
 to the end. The backbone alone is a forward pass over pixels in memory, and is measured beside onnxruntime on the
 exported QuantizeLinear/DequantizeLinear graph. Contestants take turns, each in a process of its own; ratios to float32
-are taken
-within a round. W8A8, CWAC folded in, the kernel that `auto` chooses. Weights are random: speed does not depend on them.
+are taken within a round. W8A8, CWAC folded in, the kernel that `auto` chooses. Weights are random: speed does not
+depend on them.
 """
 
 import os
