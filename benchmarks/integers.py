@@ -19,7 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
@@ -34,13 +33,13 @@ WHOLE = (FLOAT, HALF, INTEGER)
 ALONE = (FLOAT, HALF, INTEGER, ORT)
 GOAL = 2.0
 HOW = {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
-# What a profile is summed into; the rest is "other".
+QUANTISING = "quantising activations"
+# What the rest of a profile is summed into; what is none of it is "other".
 GROUPS = {
-    "integer products": ("onednn::", "aten::_int_mm"),
-    "attention products": ("aten::_scaled_dot_product", "aten::bmm", "aten::softmax"),
+    "integer products": ("onednn::qlinear_pointwise", "onednn::qconv2d_pointwise", "aten::_int_mm"),
+    "attention products": ("aten::_scaled_dot_product_flash_attention_for_cpu", "aten::bmm", "aten::_softmax"),
     "layer norms": ("aten::native_layer_norm",),
-    "quantising activations": ("aten::mul", "aten::round_", "aten::add_", "aten::clamp_", "aten::copy_"),
-    "residual sums": ("aten::add",),
+    "sums of the residual stream": ("aten::add",),
 }
 
 
@@ -238,19 +237,36 @@ def whole_speed(case: Case, name: str, folder: Path) -> float:
 
 def profile(case: Case, folder: Path) -> dict[str, float]:
     """Share of each group of operators in a forward pass of the quantised backbone, largest first."""
-    backbone = _backbone(case, INTEGER, folder)
-    pixels = torch.from_numpy(np.zeros((case.batch_size, 3, case.side, case.side), np.uint8))
+    from coldtap.pipeline.quantisation.ranges import ActivationRange
+
+    backbone, quantise = _backbone(case, INTEGER, folder), ActivationRange.quantise
+
+    def marked(*arguments: Any) -> torch.Tensor:
+        with torch.profiler.record_function(QUANTISING):
+            return quantise(*arguments)
+
+    pixels = torch.randint(0, 256, (case.batch_size, 3, case.side, case.side), dtype=torch.uint8)
     backbone(pixels)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
-        backbone(pixels)
-    times = dict.fromkeys((*GROUPS, "other"), 0.0)
-    for event in found.key_averages():
-        group = next(
-            (group for group, names in GROUPS.items() if any(event.key.startswith(name) for name in names)), "other"
-        )
-        times[group] += event.self_cpu_time_total
+    ActivationRange.quantise = marked  # type: ignore[assignment, method-assign]
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+            backbone(pixels)
+    finally:
+        ActivationRange.quantise = quantise  # type: ignore[method-assign]
+    times = dict.fromkeys((QUANTISING, *GROUPS, "other"), 0.0)
+    for event in found.events():
+        times[_group_of(event)] += event.self_cpu_time_total
     whole = sum(times.values())
     return {group: spent / whole for group, spent in sorted(times.items(), key=lambda item: -item[1])}
+
+
+def _group_of(event: Any) -> str:
+    above = event
+    while above is not None:
+        if above.name == QUANTISING:
+            return QUANTISING
+        above = above.cpu_parent
+    return next((group for group, names in GROUPS.items() if event.name in names), "other")
 
 
 def kernel_used(case: Case, folder: Path) -> str:

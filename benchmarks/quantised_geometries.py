@@ -17,9 +17,8 @@ from coldtap.pipeline.quantisation.cwac import compensate_channels
 from coldtap.pipeline.quantisation.kernels import choose_kernel
 from coldtap.pipeline.quantisation.layers import quantised_layers
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
-from coldtap.pipeline.quantisation.quantize import FIRST_LAYERS
 from coldtap.pipeline.quantisation.qwt import compensate_blocks
-from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer, parse_override
+from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.taps import read_taps_of
 
 N_HELD_OUT = 16
@@ -61,9 +60,7 @@ def _snr_by_method(task: GeometryTask) -> dict[str, Any]:
     read = read_calibration_images(source, backbone.preprocess, n_images=task.n_images + N_HELD_OUT, seed=0)
     pixels = torch.cat(list(read.batches))
     size = min(LARGEST_BATCH, task.n_images // N_FOLDS)
-    by_layer = SchemeByLayer(
-        scheme=Scheme.parse(task.scheme), overrides=dict(parse_override(one) for one in FIRST_LAYERS)
-    )
+    by_layer = SchemeByLayer.parse(task.scheme, ())
     base = quantise(
         backbone,
         pixels[N_HELD_OUT:].split(size),

@@ -195,8 +195,8 @@ def _difference_table(found: Record) -> str:
     ]
     header = ["width", "difference", "own task", *ADAPTORS, "mean of adaptors"]
     said = (
-        "Differences in points with 95 % intervals: of the own task a pair a test image, its mean over seeds; of "
-        "adaptors a pair a set and seed, by Student's t:"
+        "Differences in points with 95 % intervals: of the own task a pair a test image, its mean over seeds (how they "
+        "vary is left out); of adaptors a pair a set, its mean over seeds, by Student's t:"
     )
     return f"{said}\n\n{_table(header, rows, 2)}" if rows else ""
 

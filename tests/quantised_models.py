@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from coldtap.pipeline.backbone import Backbone, load_backbone
 from coldtap.pipeline.preprocess import Preprocess
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
-from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer
+from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.taps import read_taps_of
 
 SIDE = 32
@@ -96,10 +96,7 @@ def quantised(
     return quantise(
         backbone_of(module),
         list(pixels().split(8)),
-        SchemeByLayer(
-            scheme=Scheme.parse(scheme),
-            overrides={name: "float" if bits == "float" else Scheme.parse(bits) for name, bits in overrides.items()},
-        ),
+        SchemeByLayer.parse(scheme, [f"{name}={bits}" for name, bits in overrides.items()]),
         ranges="least-squares",
         reparameterised=reparameterised,
         seed=0,

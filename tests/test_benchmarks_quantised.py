@@ -155,8 +155,9 @@ def test_pairs_have_students_interval_and_images_their_own():
     left = {seed: {"a": {"mist": 0.5 + 0.1 * seed}, "b": {"mist": 0.5}} for seed in (0, 1)}
     right = {seed: {"a": {"mist": 0.5}, "b": {"mist": 0.5}} for seed in (0, 1)}
     pair = pair_series(left, right, ["mist"])
-    assert pair["difference"] == pytest.approx(2.5)  # of 0, 0, 10 and 0 points, whose deviation is 5
-    assert pair["interval"] == pytest.approx([2.5 - 3.182 * 2.5, 2.5 + 3.182 * 2.5])
+    assert pair["difference"] == pytest.approx(2.5)  # of 5 and 0 points, the sets' means over seeds
+    assert pair["interval"] == pytest.approx([2.5 - 12.706 * 2.5, 2.5 + 12.706 * 2.5])
+    assert pair["pairs"] == 2
     assert pair_series(left, {}, ["mist"]) is None
     images = pair_images({0: "f0"}, {0: "c0"}, 8)  # 4 right against 2 of 8
     assert images["difference"] == pytest.approx(25)

@@ -22,7 +22,7 @@ from coldtap.pipeline.quantisation.diagnosis_picture import draw_diagnosis
 from coldtap.pipeline.quantisation.diagnostics import site_table
 from coldtap.pipeline.quantisation.quantise import quantise
 from coldtap.pipeline.quantisation.quantize import quantize
-from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer
+from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.stores.channel_affine import RIDGE
 from coldtap.stores.errors import ColdtapError, OptionError, RunError, SourceError
 from tests.jobs import coldtap, error_line
@@ -97,7 +97,7 @@ def snr_db(wanted, got):
 @pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_site_is_what_a_direct_computation_gives(diagnosis, backbone, source, seed):
     fit, held_out = images_of(source, seed)
-    schemes = SchemeByLayer(scheme=Scheme.parse("w4a4"), overrides={"patch_embed.*": Scheme.parse("w8a8")})
+    schemes = SchemeByLayer.parse("w4a4", ())
     models = quantise(backbone, fit.split(4), schemes, ranges="least-squares", reparameterised=True, seed=seed)
 
     def pairs(pixels):

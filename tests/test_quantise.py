@@ -24,10 +24,10 @@ from coldtap.pipeline.quantisation.cwac import compensate_channels
 from coldtap.pipeline.quantisation.kernels import OneDnnKernel
 from coldtap.pipeline.quantisation.layers import quantised_layers
 from coldtap.pipeline.quantisation.quantise import quantise
-from coldtap.pipeline.quantisation.quantize import FIRST_LAYERS, quantize
+from coldtap.pipeline.quantisation.quantize import quantize
 from coldtap.pipeline.quantisation.qwt import compensate_blocks
 from coldtap.pipeline.quantisation.run_on import run_on
-from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer, parse_override
+from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.quantisation.sites import units_at_work
 from coldtap.pipeline.taps import read_taps_of
 from coldtap.stores.channel_affine import ChannelAffine
@@ -383,7 +383,7 @@ def test_an_artefact_gives_back_the_model_that_it_was_made_of(tmp_path, four_bit
 def rebuilt(module, source, compensate):
     """The same by the parts that `quantize` is made of."""
     images = read_calibration_images(source, HOW, n_images=32, seed=0)
-    scheme = SchemeByLayer(scheme=Scheme.parse("w4a4"), overrides=dict(map(parse_override, FIRST_LAYERS)))
+    scheme = SchemeByLayer.parse("w4a4", ())
     models = quantise(backbone_of(module), images.batches, scheme, ranges="least-squares", reparameterised=True, seed=0)
     if compensate == "cwac":
         compensate_channels(models, sites=models.anatomy.choose_sites(models.anatomy.sites))
@@ -454,8 +454,11 @@ def test_a_store_does_not_go_on_with_another_kernel(tmp_path, artefact):
     begun = tmp_path / "s"
     cache_features(source, begun, kernel="float", **options)
     (begun / "manifest").unlink()
-    with pytest.raises(StoreError, match="kernel: float → onednn"):
+    with pytest.raises(StoreError, match=r"kernel: float → onednn.* go on there with the same --kernel"):
         cache_features(source, begun, kernel="onednn", **options)
+    # What a clock would choose today does not matter.
+    assert cache_features(source, begun, kernel="auto", **options).status == "written"
+    assert open_store(begun).recorded["environment"]["kernel"] == "float"
 
 
 def test_the_commands_quantise_cache_train_and_predict(tmp_path, images):
@@ -520,7 +523,9 @@ def test_a_killed_quantize_leaves_an_older_artefact_whole(tmp_path, images, serv
         (["--compensate", "lora"], 2, "--compensate lora: choose one of none, qwt, cwac"),
         (["--ranges", "minmax"], 2, "--ranges minmax: choose one of percentile, least-squares"),
         (["--target", "far"], 2, "--target far: choose one of local, true"),
-        (["--ridge", "-1"], 2, "--ridge -1.0: give 0 or more"),
+        (["--ridge", "-1"], 2, "--ridge -1.0: give a finite number, 0 or more"),
+        (["--ridge", "inf"], 2, "--ridge inf: give a finite number, 0 or more"),
+        (["--override", "block.0.*=w8a8"], 2, "--override block.0.*=…: no layer has that name"),
         (["--override", "blocks"], 2, "--override blocks: expected PATTERN=SCHEME"),
         (["--override", "*=float"], 2, "leave every layer in float"),
         (["--site", "blocks.*.ls1"], 4, "site 'blocks.*.ls1' cannot be folded"),
@@ -537,6 +542,30 @@ def test_bad_options_of_quantize_are_one_line_and_nothing_is_written(tmp_path, i
     assert result.exit_code == code
     assert said in error_line(result)
     assert not out.exists()
+
+
+def test_an_artefact_replaces_no_other_file_and_its_place_is_looked_at_first(tmp_path, images):
+    other, folder = tmp_path / "other.parquet", tmp_path / "folder"
+    other.write_bytes(b"dear to somebody")
+    folder.mkdir()
+    for out, said in (
+        (other, "would replace another file"),
+        (folder, f"--out {folder} is a folder: give the path of a file"),
+        (other / "q.safetensors", f"{other} is a file, and no folder can be there"),
+    ):
+        # Nothing is decoded before: the source is not even there.
+        result = coldtap("quantize", "coldtap/vit-reference", "--calibration", tmp_path / "nothing", "--out", out)
+        assert result.exit_code == 2
+        assert said in error_line(result)
+    assert other.read_bytes() == b"dear to somebody"
+    assert not list(folder.iterdir())
+
+
+def test_a_kernel_without_a_quantised_backbone_is_refused(tmp_path, images):
+    for kernel in ("int", "bogus"):
+        result = coldtap("cache-features", images, tmp_path / "s", "--kernel", kernel)
+        assert result.exit_code == 2
+        assert f"--kernel {kernel} is of a quantised backbone" in error_line(result)
 
 
 def test_calibration_that_is_empty_or_not_there_is_refused(tmp_path):
@@ -651,7 +680,7 @@ def test_a_backbone_in_half_precision_is_not_quantised():
         quantise(
             backbone,
             [pixels(4)],
-            SchemeByLayer(scheme=Scheme.parse("w8a8"), overrides={}),
+            SchemeByLayer.parse("w8a8", ()),
             ranges="percentile",
             reparameterised=False,
             seed=0,

@@ -287,10 +287,26 @@ def test_integers_agree_with_the_simulation_on_a_gpu(name):
 def test_schemes_have_names_and_overrides_go_by_the_last_pattern_that_matches():
     assert [str(Scheme.parse(name)) for name in SCHEMES] == list(SCHEMES)
     assert (Scheme.parse("w6a8").largest_weight, Scheme.parse("w4a6").largest_activation) == (31, 63)
-    overrides = dict(map(parse_override, ("blocks.*=w8a8", "blocks.1.*=float", "blocks.1.mlp.*=w6a6")))
-    schemes = SchemeByLayer(scheme=Scheme.parse("w4a4"), overrides=overrides)
-    names = ("stem", "blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.fc1", "blocks.11.attn.qkv")
-    assert [str(schemes.of(name)) for name in names] == ["w4a4", "w8a8", "None", "w6a6", "w8a8"]
+    schemes = SchemeByLayer.parse("w4a4", ("blocks.*=w8a8", "blocks.1.*=float", "blocks.1.mlp.*=w6a6"))
+    names = ("stem", "blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.1.mlp.fc1", "blocks.11.attn.qkv", "conv1")
+    assert [str(schemes.of(name)) for name in names] == ["w4a4", "w8a8", "None", "w6a6", "w8a8", "w8a8"]
+    # A pattern that comes again counts where it comes last.
+    again = SchemeByLayer.parse("w4a4", ("patch_embed.*=float", "*=w4a4", "patch_embed.*=w6a6", "*.proj=w4a8"))
+    assert [str(again.of(f"patch_embed.{name}")) for name in ("norm", "proj")] == ["w6a6", "w4a8"]
+
+
+def test_an_override_of_no_layer_is_an_option_error():
+    with pytest.raises(OptionError, match=r"--override block.0.\*=…: no layer has that name; layers are blocks.0.a …"):
+        SchemeByLayer.parse("w8a8", ("block.0.*=w4a4",)).require_layers(["blocks.0.a"])
+
+
+def test_a_range_sees_every_channel():
+    """768 values a row: an even step through 2,048 rows of them would meet 48 channels again and again."""
+    rows = torch.randn(2048, 768)
+    rows[:, 77] += 40
+    for method in RANGE_METHODS:
+        span = activation_range(rows, float(rows.min()), float(rows.max()), method, 255)
+        assert float((span.restore(span.quantise(rows[:, 77], 255)) - rows[:, 77]).abs().mean()) < 0.2
 
 
 @pytest.mark.parametrize("name", ["w1a8", "w8", "int8", "w9a9", "w8a8 ", ""])

@@ -141,6 +141,8 @@ def load_backbone(
         architecture, digest = artefact.about.architecture, artefact.about.backbone
         how = _artefact_preprocess(artefact, quantised, preprocess)
     else:
+        if kernel != "auto":
+            raise OptionError(f"--kernel {kernel} is of a quantised backbone: give one with --quantized")
         asked = REFERENCE if model is None else model
         module = _float_module(asked, checkpoint, random_weights, preprocess)
         architecture, digest = _architecture(module, asked), weights_digest(module)

@@ -141,7 +141,7 @@ def cache_features(
         augmentation=augmentation,
         seed=seed,
         quantised=None if quantised is None else Path(quantised),
-        kernel=kernel,
+        kernel=_begun_kernel(found[1]) if found and quantised is not None and kernel == "auto" else kernel,
     )
     images = asked.open_source()
     for note in images.listing.notes:
@@ -319,6 +319,11 @@ class _Work:
         return request.error(
             f"stopped: {n_there} of {n_blocks} blocks of {self.store} are there and stay; run the same command to go on"
         )
+
+
+def _begun_kernel(recorded: Mapping[str, Any]) -> str:
+    """As the batch size: the kernel that began goes on, whatever a clock would choose today."""
+    return str(recorded["environment"].get("kernel", "auto"))
 
 
 def _name_of(model: str | nn.Module | None, backbone: Backbone) -> str:

@@ -21,6 +21,8 @@ from coldtap.stores.channel_affine import RIDGE, ChannelAffine, ChannelMoments, 
 class SiteFit:
     """What a compensation does at a site, on images that it was not fitted on.
 
+    QwT's ridge is chosen on all folds, so that its `after` is a little too good.
+
     Attributes:
         site: layer, or block.
         signal: variance of the float output, summed over channels.

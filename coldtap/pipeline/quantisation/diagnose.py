@@ -33,10 +33,10 @@ from coldtap.pipeline.quantisation.layers import QuantisedLayer
 from coldtap.pipeline.quantisation.linear_map import LinearMoments
 from coldtap.pipeline.quantisation.near_diagonal import NearDiagonal, near_diagonal
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
-from coldtap.pipeline.quantisation.quantize import FIRST_LAYERS, Reporter, Silence
+from coldtap.pipeline.quantisation.quantize import Reporter, Silence
 from coldtap.pipeline.quantisation.qwt import compensate_blocks
 from coldtap.pipeline.quantisation.ranges import RANGE_METHODS, RangeMethod
-from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer, parse_override
+from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.quantisation.sites import TARGETS, Target, UnitAtWork, units_at_work
 from coldtap.pipeline.sources import open_source
 from coldtap.pipeline.taps import read_taps_of
@@ -95,8 +95,7 @@ def diagnose(
     """
     told, folder = reporter or Silence(), Path(out)
     _check(ranges, target, seeds, images)
-    patterns = (*FIRST_LAYERS, *overrides)
-    by_layer = SchemeByLayer(scheme=Scheme.parse(scheme), overrides=dict(map(parse_override, patterns)))
+    by_layer = SchemeByLayer.parse(scheme, overrides)
     _refuse_other_content(folder)
     backbone = load_backbone(
         model,
@@ -125,7 +124,7 @@ def diagnose(
             "preprocess": backbone.preprocess.to_dict(),
             "ranges": ranges,
             "reparameterised": reparameterise,
-            "overrides": list(patterns),
+            "overrides": list(overrides),
             "target": target,
         },
         n_calibration=found[0].images.n_calibration,

@@ -149,7 +149,7 @@ class KernelChoice:
 def choose_kernel(option: str, device: torch.device) -> KernelChoice:
     """The kernel of an option, or of a kernel's own name.
 
-    `auto` takes the fastest kernel that computes exactly and beats a float32 product of the same size; else `float`.
+    `auto` takes the fastest kernel that computes exactly and beats float32 on a linear of ViT-B's size; else `float`.
     `int` takes the fastest that computes exactly.
 
     Raises:
@@ -174,7 +174,7 @@ def choose_kernel(option: str, device: torch.device) -> KernelChoice:
         return KernelChoice(kernel=FloatKernel(), why=f"no integer kernel computes exactly here ({said})")
     speeds = _speeds(device, tuple(exact))
     best = max(exact, key=speeds.__getitem__)
-    measured = f"{best} computes exactly, at {speeds[best]:.1f} × the speed of float32 on a sample product"
+    measured = f"{best} computes exactly, at {speeds[best]:.1f} × the speed of float32 on a linear of ViT-B's size"
     if option == "auto" and speeds[best] <= 1:
         return KernelChoice(kernel=FloatKernel(), why=f"{measured}: no gain")
     return KernelChoice(kernel=named[best], why=measured)

@@ -57,13 +57,14 @@ def quantise(
 
     Raises:
         ModelError: the backbone is of no family that can be quantised.
-        OptionError: nothing is left to quantise.
+        OptionError: nothing is left to quantise, or an override is of no layer.
     """
     if backbone.precision != "float32":
         raise OptionError(f"a backbone is quantised from float32; this one is in {backbone.precision}")
     float_model = copy.deepcopy(backbone.module)
     fold_norms(float_model)
     anatomy = anatomy_of(float_model)
+    scheme.require_layers(anatomy.layers)
     with torch.inference_mode(), exact_float32():
         images = [normalise(batch.to(backbone.device), backbone.preprocess, torch.float32) for batch in batches]
         _require_same_function(backbone, float_model, anatomy, images[0][:1])

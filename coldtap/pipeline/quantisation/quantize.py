@@ -1,5 +1,6 @@
 """`coldtap quantize` as one call: a backbone and calibration images to an artefact."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,22 +10,20 @@ from torch import nn
 
 from coldtap.pipeline.backbone import exact_float32, load_backbone
 from coldtap.pipeline.preprocess import Preprocess
-from coldtap.pipeline.quantisation.artefact import About, write_artefact
+from coldtap.pipeline.quantisation.artefact import About, read_artefact, write_artefact
 from coldtap.pipeline.quantisation.calibration_images import read_calibration_images
 from coldtap.pipeline.quantisation.cwac import SiteFit, compensate_channels
+from coldtap.pipeline.quantisation.families import anatomy_of
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
 from coldtap.pipeline.quantisation.qwt import RIDGES, compensate_blocks
 from coldtap.pipeline.quantisation.ranges import RANGE_METHODS, RangeMethod
-from coldtap.pipeline.quantisation.scheme import Scheme, SchemeByLayer, parse_override
+from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.quantisation.sites import TARGETS, Target
 from coldtap.stores.channel_affine import RIDGE
-from coldtap.stores.errors import OptionError
+from coldtap.stores.errors import ModelError, OptionError
 
 type Compensation = Literal["none", "qwt", "cwac"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation.__value__)
-
-# The first layer reads pixels and is a thousandth of the work: eight bits whatever the rest has, as RepQ-ViT does.
-FIRST_LAYERS = ("patch_embed.*=w8a8", "conv1=w8a8", "conv1.0=w8a8")
 
 
 class Reporter(Protocol):
@@ -106,7 +105,7 @@ def quantize(
     Args:
         model: a timm name, `coldtap/vit-reference`, or any module of a family that can be quantised.
         calibration: images: a path that `open_source` understands, a source, or any indexable of (image, target).
-        out: the artefact.
+        out: the artefact; an older one is replaced, another file is not.
         scheme: bits of weights and activations, such as `w8a8`.
         compensate: `cwac` (two numbers a channel, folded), `qwt` (a matrix a block, run beside it) or `none`.
         checkpoint: local weights for a timm name.
@@ -116,8 +115,8 @@ def quantize(
         images: calibration images; None is 512, or all where there are fewer.
         ranges: `least-squares` or `percentile`.
         reparameterise: give the channels behind a layer norm one range first (RepQ-ViT).
-        overrides: `PATTERN=SCHEME` or `PATTERN=float` by layer name; the last that matches counts. The first layer has
-            w8a8 unless one of them matches it.
+        overrides: `PATTERN=SCHEME` or `PATTERN=float` by layer name; of those that match the last counts. The first
+            layer has w8a8 unless one of them matches it.
         sites: patterns of layers that CWAC goes after; None for `attn.proj` and `mlp.fc2`, or every convolution.
         target: what a site should give: `local` or `true`.
         ridge: of the compensation; None is the default of CWAC, and the best of a few on images held out for QwT.
@@ -129,10 +128,8 @@ def quantize(
     """
     told = reporter or Silence()
     _check(compensate, ranges, target, ridge, sites)
-    by_layer = SchemeByLayer(
-        scheme=Scheme.parse(scheme), overrides=dict(parse_override(one) for one in (*FIRST_LAYERS, *overrides))
-    )
-    path = Path(out)
+    by_layer, path = SchemeByLayer.parse(scheme, overrides), Path(out)
+    _require_place(path)
     backbone = load_backbone(
         model,
         checkpoint=None if checkpoint is None else Path(checkpoint),
@@ -140,6 +137,7 @@ def quantize(
         device=device,
         preprocess=preprocess,
     )
+    anatomy_of(backbone.module)  # another family is refused before images are decoded
     calibrating = read_calibration_images(calibration, backbone.preprocess, n_images=images, seed=seed)
     if calibrating.n_unusable:
         told.note(f"{calibrating.n_unusable} calibration images cannot be read and were passed over")
@@ -161,7 +159,7 @@ def quantize(
         settings={
             "ranges": ranges,
             "reparameterised": reparameterise,
-            "overrides": [*FIRST_LAYERS, *overrides],
+            "overrides": list(overrides),
             "sites": None if sites is None else list(sites),
             "target": target,
             "ridge": ridge,
@@ -191,10 +189,27 @@ def _check(compensate: str, ranges: str, target: str, ridge: float | None, sites
     ):
         if value not in known:
             raise OptionError(f"{option} {value}: choose one of {', '.join(known)}")
-    if ridge is not None and not ridge >= 0:
-        raise OptionError(f"--ridge {ridge}: give 0 or more")
+    if ridge is not None and not 0 <= ridge < math.inf:
+        raise OptionError(f"--ridge {ridge}: give a finite number, 0 or more")
     if sites is not None and compensate != "cwac":
         raise OptionError(f"--site is of --compensate cwac; {compensate} was asked for")
+
+
+def _require_place(path: Path) -> None:
+    """Refuse, before any work, a place where no artefact can be written, or where another file would be lost.
+
+    Raises:
+        OptionError: there is a folder, another file, or a file where a folder would have to be.
+    """
+    if path.is_dir():
+        raise OptionError(f"--out {path} is a folder: give the path of a file, such as {path / 'backbone.safetensors'}")
+    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
+        raise OptionError(f"--out {path}: {blocked} is a file, and no folder can be there")
+    if path.exists():
+        try:
+            read_artefact(path)
+        except ModelError as error:
+            raise OptionError(f"--out would replace another file ({error}): give another path, or remove it") from None
 
 
 def _compensate(

@@ -98,8 +98,9 @@ def activation_range(rows: Tensor, low: float, high: float, method: RangeMethod,
 
 
 def _some(values: Tensor) -> Tensor:
-    """At most so many of the values, evenly taken."""
-    return values[:: -(-len(values) // _SAMPLED_VALUES)]
+    """At most so many of the values, by chance: even steps through (row, channel) would meet few channels again."""
+    chance = torch.Generator().manual_seed(0)
+    return values[torch.randperm(len(values), generator=chance)[:_SAMPLED_VALUES]]
 
 
 def weight_scales(weight: Tensor, method: RangeMethod, largest: int) -> Tensor:

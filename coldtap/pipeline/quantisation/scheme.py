@@ -1,7 +1,7 @@
 """A scheme: how many bits weights and activations have, and which layers differ from it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, Self
@@ -9,6 +9,7 @@ from typing import Literal, Self
 from coldtap.stores.errors import OptionError
 
 SCHEMES = ("w8a8", "w6a6", "w4a8", "w4a4")
+FIRST_LAYERS = ("patch_embed.*", "conv1", "conv1.0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,23 +47,48 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemeByLayer:
-    """A scheme, and the layers that have another; the last pattern that matches a name decides.
+    """A scheme, and the layers that have another.
+
+    The first layer reads pixels and is a thousandth of the work: it has eight bits, as in RepQ-ViT, unless overridden.
 
     Attributes:
         scheme: of all other layers.
-        overrides: from a pattern of layer names (`*` and `?` as in a shell) to a scheme, or `float`.
+        overrides: patterns of layer names (`*` and `?` as in a shell), each with a scheme or `float`; of those that
+            match a name the last one counts.
     """
 
     scheme: Scheme
-    overrides: Mapping[str, Scheme | Literal["float"]]
+    overrides: Sequence[tuple[str, Scheme | Literal["float"]]] = ()
+
+    @classmethod
+    def parse(cls, scheme: str, overrides: Sequence[str]) -> Self:
+        """From a scheme's name and `PATTERN=SCHEME` or `PATTERN=float`.
+
+        Raises:
+            OptionError: one of them has another form.
+        """
+        return cls(scheme=Scheme.parse(scheme), overrides=[parse_override(one) for one in overrides])
 
     def of(self, layer: str) -> Scheme | None:
         """The scheme of a layer; None where it stays float."""
-        found: Scheme | Literal["float"] = self.scheme
-        for pattern, other in self.overrides.items():
+        first = any(fnmatchcase(layer, pattern) for pattern in FIRST_LAYERS)
+        found: Scheme | Literal["float"] = Scheme(weight_bits=8, activation_bits=8) if first else self.scheme
+        for pattern, other in self.overrides:
             if fnmatchcase(layer, pattern):
                 found = other
         return found if isinstance(found, Scheme) else None
+
+    def require_layers(self, layers: Sequence[str]) -> None:
+        """Every override is of some layer.
+
+        Raises:
+            OptionError: one is not, and would go unnoticed.
+        """
+        for pattern, _ in self.overrides:
+            if not any(fnmatchcase(layer, pattern) for layer in layers):
+                raise OptionError(
+                    f"--override {pattern}=…: no layer has that name; layers are {', '.join(layers[:5])} …"
+                )
 
 
 def parse_override(text: str) -> tuple[str, Scheme | Literal["float"]]:
