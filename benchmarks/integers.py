@@ -56,8 +56,8 @@ class Case:
 
 
 CASES = (
-    Case(name="ViT-S/16, 224 pixels", model="vit_small_patch16_224", side=224, n_images=192, batch_size=8, rounds=5),
-    Case(name="ViT-B/16, 224 pixels", model="vit_base_patch16_224", side=224, n_images=96, batch_size=4, rounds=5),
+    Case(name="ViT-S/16, 224 pixels", model="vit_small_patch16_224", side=224, n_images=96, batch_size=8, rounds=3),
+    Case(name="ViT-B/16, 224 pixels", model="vit_base_patch16_224", side=224, n_images=48, batch_size=4, rounds=3),
 )
 QUICK = Case(name="reference backbone", model="coldtap/vit-reference", side=32, n_images=40, batch_size=16, rounds=1)
 
