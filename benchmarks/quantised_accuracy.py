@@ -73,6 +73,7 @@ def run_cell(task: CellTask) -> str:
     """Fills a cell; one that is done is left as it is."""
     place, work = task.place, task.place.work(task.cell)
     if place.read(task.cell, task.budget) is None:
+        shutil.rmtree(work, ignore_errors=True)  # of a call that was killed: its store may be of another artefact
         began = time.perf_counter()
         found = _float_cell(task) if task.method == FLOAT else _quantised_cell(task, work)
         place.write(task.cell, task.budget, {**found, "seconds": time.perf_counter() - began})
