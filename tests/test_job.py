@@ -14,7 +14,8 @@ import torch
 import zarr
 from PIL import Image
 
-from coldtap.pipeline.job import cache_features, choose_batch_size
+from coldtap.pipeline.batch_size import choose_batch_size
+from coldtap.pipeline.job import cache_features
 from coldtap.pipeline.preprocess import Augmentation
 from coldtap.stores import open_store
 from coldtap.stores.codes import SCALE_OF_STEP

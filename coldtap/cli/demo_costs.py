@@ -39,8 +39,8 @@ def measure_backbone(folder: Path) -> float:
     import torch
 
     from coldtap.pipeline.backbone import load_backbone
+    from coldtap.pipeline.batch_size import choose_batch_size
     from coldtap.pipeline.decode_ahead import Decoder
-    from coldtap.pipeline.job import choose_batch_size
     from coldtap.pipeline.preprocess import Augmentation
     from coldtap.pipeline.sources import open_source
     from coldtap.stores.rows import Row

@@ -13,6 +13,7 @@ from torch import nn
 
 from coldtap.pipeline.assignment import Assignment
 from coldtap.pipeline.backbone import Backbone, Precision
+from coldtap.pipeline.batch_size import choose_batch_size
 from coldtap.pipeline.calibrate import Calibration, calibrate
 from coldtap.pipeline.decode_ahead import Decoder
 from coldtap.pipeline.description import JobDescription
@@ -21,6 +22,7 @@ from coldtap.pipeline.extract import Extraction
 from coldtap.pipeline.plan import JobPlan
 from coldtap.pipeline.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.rejections import Rejections
+from coldtap.pipeline.relabel import relabel
 from coldtap.pipeline.report import CacheReport
 from coldtap.pipeline.run_blocks import run_blocks
 from coldtap.pipeline.same_threads import batch_sizes, threads_with_the_same_features
@@ -39,7 +41,7 @@ from coldtap.stores.reporting import Reporter, Silence
 from coldtap.stores.stopping import StopRequest, stop_on_signals
 from coldtap.stores.store import open_store
 from coldtap.stores.stored_numbers import stored_numbers
-from coldtap.stores.writer import StoreWriter, has_other_targets, is_complete, update_targets
+from coldtap.stores.writer import StoreWriter, is_complete
 
 
 def cache_features(
@@ -154,7 +156,7 @@ def cache_features(
     if found is not None:
         require_same_recipe(path, found[0], plan.recipe)
         if is_complete(path):
-            return _relabel(path, plan, dry_run=dry_run)
+            return relabel(path, plan, dry_run=dry_run)
     began = found[1]["environment"] if found else {}
     if found is not None:
         require_extraction(path, found[1])
@@ -372,35 +374,3 @@ def _splits(path: Path, recipe: Recipe | None, listing: Listing) -> Sequence[str
         return listing.splits
     stored = open_store(path).splits_by_id()
     return [stored.get(sample, split) for sample, split in zip(listing.ids, listing.splits, strict=True)]
-
-
-def choose_batch_size(backbone: Backbone) -> int:
-    """Images a batch: a power of two from 4 to 256 that keeps one tap near a million numbers, 16 on a GPU.
-
-    Measured on two cores (`docs/log.md`): a tap that stays in the cache runs fastest.
-    """
-    largest = max(geometry.tokens * geometry.channels for geometry in backbone.geometries.values())
-    budget = 2**24 if backbone.device.type == "cuda" else 2**20
-    return min(max(1 << ((budget // largest).bit_length() - 1), 4), 256) if budget >= largest else 4
-
-
-def _relabel(path: Path, plan: JobPlan, *, dry_run: bool) -> CacheReport:
-    """The store is complete; its targets may be others now."""
-    others = {name: data for name, data in plan.targets().items() if has_other_targets(path, name, data)}
-    if others and not dry_run:  # without them a store that may only be read is fine
-        with StoreLock(path):
-            for name, data in others.items():
-                update_targets(path, name, data)
-    there = open_store(path)
-    ahead = None
-    if others and dry_run:
-        nothing = forecast(path, plan.specs, plan.rows, [], rows_per_second=1, compressed={})
-        ahead = replace(nothing, n_bytes=sum(map(len, others.values())))
-    return CacheReport(
-        store=path,
-        status="forecast" if ahead else "relabelled" if others else "unchanged",
-        digest=there.digest,
-        n_rows=there.n_rows,
-        n_rejected=plan.rows.n_planned - there.n_rows,
-        forecast=ahead,
-    )
