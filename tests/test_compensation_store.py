@@ -197,7 +197,7 @@ def test_the_same_call_again_changes_nothing_and_another_replaces(twins):
     assert again.status == "unchanged"
     assert files(twins.store) == before
     other = fit_compensation(twins.store, twins.float_store, ridge=0.5)
-    assert other.status == "written"
+    assert other.status == "replaced"
     assert other.digest != again.digest
     assert open_store(twins.store).compensations == ("cwac",)
     assert open_store(twins.store).compensation("cwac").fitted["ridge"] == 0.5

@@ -517,7 +517,7 @@ def test_a_killed_quantize_leaves_an_older_artefact_whole(tmp_path, images, serv
     ("options", "code", "said"),
     [
         (["--images", "8"], 2, "--images 8: give at least 16 calibration images"),
-        (["--images", "4000"], 3, "calibration needs 4000 images, and"),
+        (["--images", "4000"], 3, "calibration needs 4000 different images, and"),
         (["--scheme", "w2b2"], 2, "scheme 'w2b2': choose one of w8a8, w6a6, w4a8, w4a4"),
         (["--scheme", "int8"], 2, "scheme 'int8': choose one of w8a8, w6a6, w4a8, w4a4"),
         (["--compensate", "lora"], 2, "--compensate lora: choose one of none, qwt, cwac"),
@@ -574,8 +574,10 @@ def test_calibration_that_is_empty_or_not_there_is_refused(tmp_path):
         result = coldtap("quantize", "coldtap/vit-reference", "--calibration", calibration, "--out", tmp_path / "q")
         assert result.exit_code == 3
         assert str(calibration) in error_line(result)
-    with pytest.raises(SourceError, match=r"calibration needs 16 images, and .* has 10 that can be read"):
-        quantize("coldtap/vit-reference", in_memory(train=10), tmp_path / "q", device="cpu")
+    few = in_memory(train=10)["train"]
+    for images in (few, few * 3):  # copies tell the images held out nothing
+        with pytest.raises(SourceError, match=r"calibration needs 16 different images, and .* has 10 that can be read"):
+            quantize("coldtap/vit-reference", {"train": images}, tmp_path / "q", device="cpu")
 
 
 def test_images_of_another_size_are_resized_as_they_will_be_when_features_are_made(tmp_path):

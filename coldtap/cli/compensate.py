@@ -10,6 +10,12 @@ import typer
 
 from coldtap.cli.signals import sigterm_interrupts
 
+DONE = {
+    "written": "written",
+    "replaced": "written, in place of another of that name",
+    "unchanged": "is there already; nothing to do",
+}
+
 
 def compensate(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="Features of a quantised backbone.")],
@@ -34,7 +40,7 @@ def compensate(
         fields = {field: getattr(report, field) for field in report.__slots__}
         print(json.dumps({**fields, "store": str(report.store), "arrays": gains}, indent=1))
         return
-    done = "is there already; nothing to do" if report.status == "unchanged" else "written"
+    done = DONE[report.status]
     print(f"{store}: compensation {name} from {report.n_rows} {split} rows ({report.n_samples} samples) {done}")
     for array, of_taps in gains.items():
         for line in gain_lines(array, of_taps):

@@ -58,7 +58,7 @@ class CompensationReport:
     Attributes:
         store: whose features are compensated.
         name: of the compensation.
-        status: `written`; `unchanged` where the store had just this one.
+        status: `written`; `replaced` where the store had another of that name, `unchanged` where it had just this one.
         digest: SHA-256 of the store's manifest.
         split: whose rows were used.
         n_rows: pairs of rows.
@@ -68,7 +68,7 @@ class CompensationReport:
 
     store: Path
     name: str
-    status: Literal["written", "unchanged"]
+    status: Literal["written", "replaced", "unchanged"]
     digest: str
     split: str
     n_rows: int
@@ -127,13 +127,15 @@ def fit_compensation(
             },
         )
         file = compensation_file(name)
-        unchanged = holds_file(path, file, data)
-        if not unchanged:
+        status: Literal["written", "replaced", "unchanged"] = "replaced" if name in there.compensations else "written"
+        if holds_file(path, file, data):
+            status = "unchanged"
+        else:
             update_file(path, file, data)
     return CompensationReport(
         store=path,
         name=name,
-        status="unchanged" if unchanged else "written",
+        status=status,
         digest=open_store(path, threads=1).digest,
         split=split,
         n_rows=len(pairs.rows),

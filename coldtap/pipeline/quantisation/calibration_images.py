@@ -32,7 +32,7 @@ class CalibrationImages:
     Attributes:
         batches: uint8 (batch, channel, height, width) each, at least one a fold.
         digest: SHA-256 over the digests of their files, in order.
-        n_unusable: images that were passed over.
+        n_unusable: images that could not be read and were passed over.
     """
 
     batches: Sequence[Tensor]
@@ -69,11 +69,12 @@ def read_calibration_images(
     wanted = n_images or min(DEFAULT_IMAGES, len(candidates))
     order = [candidates[i] for i in np.random.default_rng(seed).permutation(len(candidates))]
     pixels, digests, n_unusable = _decode(opened, preprocess, order, wanted)
-    if len(pixels) < max(FEWEST_IMAGES, n_images or 0):
+    needed = max(FEWEST_IMAGES, n_images or 0)
+    if len(pixels) < needed:
+        place = " in its train split" if len(candidates) < len(splits) else ""
         raise SourceError(
-            f"calibration needs {max(FEWEST_IMAGES, n_images or 0)} images, and {opened.name} has {len(pixels)} that "
-            f"can be read{' in its train split' if len(candidates) < len(splits) else ''} ({n_unusable} cannot): give "
-            f"more images{'' if n_images is None else ', or a smaller --images'}"
+            f"calibration needs {needed} different images, and {opened.name} has {len(pixels)} that can be read{place} "
+            f"({n_unusable} cannot): give more images{'' if n_images is None else ', or a smaller --images'}"
         )
     n_batch = min(LARGEST_BATCH, len(pixels) // N_FOLDS)
     return CalibrationImages(
@@ -86,7 +87,10 @@ def read_calibration_images(
 def _decode(
     source: Source, preprocess: Preprocess, order: Sequence[int], wanted: int
 ) -> tuple[list[np.ndarray[Any, np.dtype[np.uint8]]], list[str], int]:
-    """Pixels and digests of the first images in that order that can be read, and how many could not."""
+    """Pixels and digests of the first images in that order that can be read, and how many could not.
+
+    A file counts once: a copy among the images held out would tell the gate nothing.
+    """
     pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     digests: list[str] = []
     n_unusable = 0
@@ -107,7 +111,7 @@ def _decode(
                     return pixels, digests, n_unusable
                 if i in batch.reasons:
                     n_unusable += 1
-                else:
+                elif batch.digests[i] not in digests:
                     pixels.append(batch.pixels[i])
                     digests.append(batch.digests[i])
     return pixels, digests, n_unusable
