@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coldtap.cli.options import Checkpoint, Device, RandomWeights
 from coldtap.cli.signals import sigterm_interrupts
 from coldtap.cli.sizes import show_bytes
 from coldtap.cli.train import parse_grid, parse_pairs
@@ -50,14 +51,10 @@ def benchmark(
     batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
     weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
     model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
     tier: Annotated[str, typer.Option(help="Of the stores: float32, float16, bfloat16 or int8.")] = "float16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     jobs: Annotated[int, typer.Option(help="Cells trained at a time, each in a process of its own.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be cached and trained, write nothing.")

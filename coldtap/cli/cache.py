@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import AsJson, Checkpoint, Device, InputSize, RandomWeights
 from coldtap.cli.signals import sigterm_interrupts
 from coldtap.cli.sizes import show_bytes, show_seconds
 
@@ -26,12 +27,8 @@ def cache_features(
         str | None,
         typer.Option(help="A timm model name. Default: coldtap/vit-reference, or what --quantized was made of."),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
     quantized: Annotated[
         Path | None,
         typer.Option(help="A quantised backbone of `coldtap quantize`: it brings its weights and its preprocessing."),
@@ -65,13 +62,13 @@ def cache_features(
     ] = None,
     views: Annotated[int, typer.Option(help="Augmented views of each training image, beside the plain one.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images a forward pass. Default: chosen by size.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     decode_threads: Annotated[int | None, typer.Option(help="Of all workers together. Default: one a core.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that extract; the store's bytes do not depend on it.")] = 1,
     on_bad_image: Annotated[str, typer.Option(help="reject (the row is left out and listed) or fail.")] = "reject",
     max_rejected: Annotated[float, typer.Option(help="Share of samples beyond which the run fails.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the row order, of a val split cut from train, and of views.")] = 0,
-    input_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the model's.")] = None,
+    input_size: InputSize = None,
     crop_pct: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
     crop_mode: Annotated[str | None, typer.Option(help="center, squash or border. Default: the model's own.")] = None,
     interpolation: Annotated[str | None, typer.Option(help="Such as bicubic. Default: the model's own.")] = None,
@@ -83,7 +80,7 @@ def cache_features(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the forecast of bytes and time, write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a frozen backbone over SOURCE once and keep its features in STORE.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import AsJson
 from coldtap.cli.signals import sigterm_interrupts
 
 DONE = {
@@ -25,7 +26,7 @@ def compensate(
     name: Annotated[str, typer.Option(help="Of the compensation.")] = "cwac",
     split: Annotated[str, typer.Option(help="Whose rows are used; others stay unseen.")] = "train",
     max_rows: Annotated[int | None, typer.Option(help="Use so many rows that both have. Default: all.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Fit two numbers a channel that bring the features of STORE near to float ones, and record them in STORE.
 

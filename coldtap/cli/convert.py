@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.errors import show_errors, show_share
+from coldtap.cli.options import AsJson
 from coldtap.cli.signals import sigterm_interrupts
 from coldtap.cli.sizes import show_bytes, show_seconds
 
@@ -29,7 +30,7 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the forecast of bytes and time, write nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the features of STORE into NEW in another tier or layout, without the backbone.
 

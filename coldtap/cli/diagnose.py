@@ -7,20 +7,32 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coldtap.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    InputSize,
+    Override,
+    QuantisableModel,
+    RandomWeights,
+    Ranges,
+    Reparameterise,
+    Scheme,
+    Target,
+)
+
 if TYPE_CHECKING:
     from coldtap.pipeline.quantisation.diagnosis import Diagnosis, Spread
 
 
 def diagnose(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A timm model name (ViT, DeiT or ResNet), or coldtap/vit-reference.")
-    ],
+    model: QuantisableModel,
     calibration: Annotated[
         Path,
         typer.Option(help="Images to calibrate on, and others to measure on: any source that cache-features takes."),
     ],
     out: Annotated[Path, typer.Option(help="The folder for sites.csv, diagnosis.png and diagnosis.json.")],
-    scheme: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w6a6, w4a8 or w4a4.")] = "w8a8",
+    scheme: Scheme = "w8a8",
     seeds: Annotated[int, typer.Option(help="Calibrate so many times, with seeds from 0 on.")] = 3,
     images: Annotated[
         int | None,
@@ -29,30 +41,15 @@ def diagnose(
             "are fewer, a fifth of them held out."
         ),
     ] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
-    ] = False,
-    ranges: Annotated[str, typer.Option(help="How ranges are chosen: least-squares or percentile.")] = "least-squares",
-    reparameterise: Annotated[
-        bool,
-        typer.Option(
-            "--reparameterise/--no-reparameterise",
-            help="Give the channels behind a layer norm one range first (RepQ-ViT).",
-        ),
-    ] = True,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PATTERN=SCHEME", help="Other bits, or float, for layers of that name; repeat it."),
-    ] = None,
-    target: Annotated[
-        str, typer.Option(help="What a site should give: local (float on the quantised stream) or true.")
-    ] = "local",
-    input_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the model's.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the diagnosis as JSON.")] = False,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
+    ranges: Ranges = "least-squares",
+    reparameterise: Reparameterise = True,
+    override: Override = None,
+    target: Target = "local",
+    input_size: InputSize = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Show what quantisation takes from MODEL and what CWAC and QwT give back, with several calibration seeds.
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from coldtap.cli.options import AsJson, Device
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
@@ -21,8 +23,8 @@ def evaluate(
         bool,
         typer.Option("--across-quantisation", help="STORE may differ from the run in quantisation and precision."),
     ] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    device: Device = "auto",
+    as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained adaptor on a split of STORE; nothing is written."""
     from coldtap.adaptors import evaluate_adaptor

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import AsJson
 from coldtap.cli.sizes import show_bytes
 
 FORMATS = ("onnx",)
@@ -15,7 +16,7 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
     to: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file. Default: adaptor.onnx in the run folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the adaptor of RUN, without the backbone, as one file for an edge device.
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import AsJson
 from coldtap.cli.sizes import show_bytes
 
 FORMATS = ("onnx",)
@@ -17,7 +18,7 @@ def export_backbone(
     ],
     out: Annotated[Path, typer.Option(help="The file to write, such as backbone.onnx.")],
     to: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the quantised backbone of FILE as one file for an edge device.
 

@@ -9,13 +9,14 @@ import typer
 
 from coldtap.cli.compensate import gain_lines
 from coldtap.cli.errors import show_errors, show_share
+from coldtap.cli.options import AsJson
 from coldtap.cli.sizes import show_bytes
 from coldtap.stores.codes import describe_bound
 
 
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, complete or not.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what a store is: recipe, arrays, sizes, splits, labels, ranges, complete or not."""
     from coldtap.stores.describe import describe_store

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import Device
+
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
@@ -28,7 +30,7 @@ def predict(
     split: Annotated[str | None, typer.Option(help="train, val or test. Default: all images.")] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file. Default: standard output.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 32,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Run backbone and adaptor on new images: one CSV line an image, and the accuracy where classes are known.
 

@@ -7,48 +7,42 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    InputSize,
+    Override,
+    QuantisableModel,
+    RandomWeights,
+    Ranges,
+    Reparameterise,
+    Scheme,
+    Target,
+)
 from coldtap.cli.sizes import show_bytes
 
 
 def quantize(
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A timm model name (ViT, DeiT or ResNet), or coldtap/vit-reference.")
-    ],
+    model: QuantisableModel,
     calibration: Annotated[
         Path,
         typer.Option(help="Images to calibrate on: any source that cache-features takes; of one with splits, train."),
     ],
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors); an older one is replaced.")],
-    scheme: Annotated[str, typer.Option(help="Bits of weights and activations: w8a8, w6a6, w4a8 or w4a4.")] = "w8a8",
+    scheme: Scheme = "w8a8",
     compensate: Annotated[
         str,
         typer.Option(help="cwac (two numbers a channel, folded away), qwt (a matrix a block, run beside it) or none."),
     ] = "cwac",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Local weights instead of the pretrained ones: safetensors or a state dict.")
-    ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="No trained weights at all: for measurements.")
-    ] = False,
+    checkpoint: Checkpoint = None,
+    random_weights: RandomWeights = False,
     images: Annotated[
         int | None, typer.Option(help="Calibration images. Default: 512, or all where there are fewer.")
     ] = None,
-    ranges: Annotated[str, typer.Option(help="How ranges are chosen: least-squares or percentile.")] = "least-squares",
-    reparameterise: Annotated[
-        bool,
-        typer.Option(
-            "--reparameterise/--no-reparameterise",
-            help="Give the channels behind a layer norm one range first (RepQ-ViT).",
-        ),
-    ] = True,
-    override: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN=SCHEME",
-            help="Other bits, or float, for layers of that name, such as 'blocks.0.*=w8a8'; repeat it. The first layer "
-            "has w8a8 unless one matches it.",
-        ),
-    ] = None,
+    ranges: Ranges = "least-squares",
+    reparameterise: Reparameterise = True,
+    override: Override = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -57,17 +51,15 @@ def quantize(
             "'*' is all.",
         ),
     ] = None,
-    target: Annotated[
-        str, typer.Option(help="What a site should give: local (float on the quantised stream) or true.")
-    ] = "local",
+    target: Target = "local",
     ridge: Annotated[
         float | None,
         typer.Option(help="Of the compensation. Default: CWAC's own, and the best on held-out images for QwT."),
     ] = None,
-    input_size: Annotated[int | None, typer.Option(help="Side of the input in pixels. Default: the model's.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    input_size: InputSize = None,
+    device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Chooses the calibration images.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantise a backbone, compensate it, and write it as one file for `cache-features --quantized`."""
     from coldtap.cli.progress import UnitProgress

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from coldtap.cli.epoch_lines import EpochLines
+from coldtap.cli.options import AsJson, Device
 from coldtap.cli.signals import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def train_adaptor(
     compensation: Annotated[
         str | None, typer.Option(help="Name of a compensation of STORE that features go through.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     shuffle: Annotated[
         str, typer.Option(help="uniform, or block: near reads, for a store far larger than memory.")
     ] = "uniform",
@@ -63,7 +64,7 @@ def train_adaptor(
         bool | None,
         typer.Option("--resident/--stream", help="Keep features in memory, or read each batch. Default: by size."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a small network from STORE alone: no backbone, no images.
 

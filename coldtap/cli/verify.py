@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from coldtap.cli.options import AsJson
 from coldtap.cli.sizes import show_bytes
 
 
@@ -14,7 +15,7 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="Also compare the images with what was read when the store was made.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
     from coldtap.cli.progress import WorkProgress
