@@ -272,7 +272,10 @@ def _geometry_table(found: Record) -> str:
 
 
 def draw(found: Record, path: Path) -> None:
-    """Bars by width and compensation with deviations of seeds, a panel a task; dotted: the float backbone."""
+    """Points against the float backbone by width and compensation, a panel a task, with deviations of seeds.
+
+    Hollow: adaptors that were trained on float features and are used on quantised ones.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -280,26 +283,40 @@ def draw(found: Record, path: Path) -> None:
 
     panels = {"own": "its own task", **{adaptor: f"{adaptor}, mean of sets" for adaptor in ADAPTORS}}
     schemes = found["budget"]["schemes"]
-    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained")
+    floats = [row for row in found["accuracy"] if row["method"] == FLOAT]  # none in a run that has just begun
+    level = {key: statistics.mean(row[key]) for row in floats for key in panels}
+    moved = [
+        {**row, "method": row["compensation"]}
+        for row in found["crossed"]["rows"]
+        if row["direction"] == TO_QUANTISED and row["compensation"] in METHODS
+    ]
+    quantised = [row for row in found["accuracy"] if row["method"] != FLOAT]
+    shown = ((quantised, True), (moved, False)) if level else ()
+    figure, axes = plt.subplots(1, len(panels), figsize=(12, 3.8), layout="constrained", sharey=True)
     for axis, (key, title) in zip(axes, panels.items(), strict=True):
-        for row in found["accuracy"]:
-            mean = statistics.mean(row[key])
-            if row["method"] == FLOAT:
-                axis.axhline(mean, color="#333333", linestyle=":", linewidth=1, label="float32")
-                continue
-            place = schemes.index(row["scheme"]) + 0.28 * (METHODS.index(row["method"]) - 1)
-            first = row["scheme"] == schemes[0]
-            label = LABELS[row["method"]] if first else None
-            axis.bar(place, mean, 0.26, color=COLOURS[row["method"]], edgecolor="#333333", linewidth=0.4, label=label)
-            if len(row[key]) > 1:
-                axis.errorbar(place, mean, statistics.stdev(row[key]), fmt="none", ecolor="#555555", capsize=2)
-            axis.text(place, mean + 1, f"{mean:.1f}", fontsize=7, rotation=90, ha="center", va="bottom")
+        for rows, filled in shown:
+            for row in (row for row in rows if key in row):
+                place = schemes.index(row["scheme"]) + 0.22 * (METHODS.index(row["method"]) - 1)
+                points = [value - level[key] for value in row[key]]
+                axis.errorbar(
+                    place if filled else place + 0.07,
+                    statistics.mean(points),
+                    statistics.stdev(points) if len(points) > 1 else 0,
+                    fmt="o",
+                    color=COLOURS[row["method"]],
+                    markerfacecolor=COLOURS[row["method"]] if filled else "white",
+                    markersize=7,
+                    capsize=2,
+                    label=LABELS[row["method"]] if filled and row["scheme"] == schemes[0] else None,
+                )
+        axis.axhline(0, color="#333333", linestyle=":", linewidth=1)
         axis.set_xticks(range(len(schemes)), [scheme.upper() for scheme in schemes])
-        axis.set_ylim(0, 100)
-        axis.set_title(title)
+        axis.set_xlim(-0.5, len(schemes) - 0.5)
+        axis.set_title(f"{title} (float32: {level[key]:.1f} %)" if level else title)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test accuracy (%)")
-    axes[-1].legend(fontsize=8, frameon=False)
+    axes[-1].errorbar([], [], fmt="o", color="#333333", markerfacecolor="white", label="trained on float features")
+    axes[0].set_ylabel("test accuracy, points against float32")
+    axes[-1].legend(fontsize=8, frameon=False, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
