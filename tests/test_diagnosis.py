@@ -272,9 +272,13 @@ def test_command_prints_tables_and_tells_of_its_images(pictures, tmp_path):
         ({"target": "best"}, OptionError, "--target best: choose one of"),
         ({"images": 15}, OptionError, "--images 15: give at least 16"),
         ({"overrides": ["blocks"]}, OptionError, "--override blocks: expected"),
-        ({"images": 20}, SourceError, r"takes 20 images to calibrate on and 5 others: .* 25 images, and list has 24"),
         (
-            {"calibration": [(smooth(0), 0)] * 18, "images": None},
+            {"images": 20},
+            SourceError,
+            r"takes 20 images to calibrate on and 5 others: .* 25 different images, and list has 24",
+        ),
+        (
+            {"calibration": [(smooth(seed), 0) for seed in range(18)], "images": None},
             SourceError,
             "16 .* and 4 others: list has 18 that can",
         ),
