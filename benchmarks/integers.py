@@ -1,10 +1,10 @@
 """Extraction with a quantised backbone against the same backbone in float32 and bfloat16, and where its time goes.
 
 Whole extraction is `cache_features` with its defaults, decoding and a store on disk included, timed from the forecast
-to the end. The backbone alone is a forward pass over pixels in memory, and is measured beside onnxruntime on the
-exported QuantizeLinear/DequantizeLinear graph. Contestants take turns, each in a process of its own; ratios to float32
-are taken within a round. W8A8, CWAC folded in, the kernel that `auto` chooses. Weights are random: speed does not
-depend on them.
+to the end; the backbone alone is a forward pass over pixels in memory. onnxruntime runs the exported
+QuantizeLinear/DequantizeLinear graph, in whole extraction in the place of a backbone from Python. Contestants take
+turns, each in a process of its own; ratios to float32 are taken within a round. W8A8, CWAC folded in, the kernel that
+`auto` chooses. Weights are random: speed does not depend on them.
 """
 
 import os
@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Executor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
+from torch import nn
 
 from benchmarks.extraction import Clock
 from benchmarks.machine import own_process, paused
 from benchmarks.pictures import Pictures, decoded_images, encoded_images
 
 FLOAT, HALF, INTEGER, ORT = "float32", "bfloat16", "w8a8", "onnxruntime w8a8"
-WHOLE = (FLOAT, HALF, INTEGER)
-ALONE = (FLOAT, HALF, INTEGER, ORT)
+CONTESTANTS = (FLOAT, HALF, INTEGER, ORT)
 GOAL = 2.0
 HOW = {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"}
 QUANTISING = "quantising activations"
@@ -72,9 +72,9 @@ def _measure(case: Case) -> list[dict[str, Any]]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         maker = stack.enter_context(own_process())
         maker.submit(make_files, case, folder).result()
-        processes = {name: stack.enter_context(own_process(OMP_WAIT_POLICY="PASSIVE")) for name in ALONE}
-        alone = _rounds(case, processes, ALONE, backbone_speed, folder)
-        whole = _rounds(case, processes, WHOLE, whole_speed, folder)
+        processes = {name: stack.enter_context(own_process(OMP_WAIT_POLICY="PASSIVE")) for name in CONTESTANTS}
+        alone = _rounds(case, processes, backbone_speed, folder)
+        whole = _rounds(case, processes, whole_speed, folder)
         records = [
             *_records(case, "backbone alone", alone),
             *_records(case, "whole extraction", whole),
@@ -88,11 +88,9 @@ def _measure(case: Case) -> list[dict[str, Any]]:
         return [{**record, "kernel": kernel} for record in records]
 
 
-def _rounds(
-    case: Case, processes: dict[str, Executor], names: tuple[str, ...], measure: Any, folder: Path
-) -> list[dict[str, float]]:
+def _rounds(case: Case, processes: dict[str, Executor], measure: Any, folder: Path) -> list[dict[str, float]]:
     """Images a second of each contestant by round; who is first changes with every round."""
-    found = []
+    found, names = [], tuple(processes)
     for turn in range(case.rounds):
         start = turn % len(names)
         speeds = {}
@@ -190,6 +188,21 @@ def _session(folder: Path) -> Any:
     return onnxruntime.InferenceSession(folder / "q.onnx", options, providers=["CPUExecutionProvider"])
 
 
+class OnnxTaps(nn.Module):
+    """An exported backbone as a module whose submodules give the taps, for `cache_features`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder  # not the session, which cannot be copied
+        self.taps = nn.ModuleList(nn.Identity() for _ in _session(folder).get_outputs())
+
+    def forward(self, images: torch.Tensor) -> None:
+        """Images (batch, channel, height, width) on the scale of pixels, 0 … 255."""
+        pixels = images.round().to(torch.uint8).numpy()
+        for tap, values in zip(self.taps, _session(self.folder).run(None, {"pixels": pixels}), strict=True):
+            tap(torch.from_numpy(values))
+
+
 def backbone_speed(case: Case, name: str, folder: Path) -> float:
     """Images a second of forward passes over pixels in memory, all taps given."""
     pixels = torch.randint(0, 256, (case.batch_size, 3, case.side, case.side), dtype=torch.uint8)
@@ -220,6 +233,12 @@ def whole_speed(case: Case, name: str, folder: Path) -> float:
     images = encoded_images(max(case.side + 32, 32))
     if name == INTEGER:
         options: dict[str, Any] = {"quantised": folder / "q.safetensors"}
+    elif name == ORT:
+        module = OnnxTaps(folder)
+        names = [f"taps.{i}" for i in range(len(module.taps))]
+        # The file normalises by itself.
+        how = replace(_backbone(case, INTEGER, folder).preprocess, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+        options = {"model": module, "tap_names": names, "prefix_tokens": 1, "preprocess": how}
     else:
         random = not case.model.startswith("coldtap/")
         options = {"model": case.model, "random_weights": random, "preprocess": HOW, "precision": name}

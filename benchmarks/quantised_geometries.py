@@ -13,13 +13,15 @@ from benchmarks.quantised_budget import METHODS, RANGES, REPARAMETERISED, SITES,
 from coldtap.pipeline.backbone import exact_float32, load_backbone
 from coldtap.pipeline.preprocess import normalise
 from coldtap.pipeline.quantisation.calibration_images import N_FOLDS, read_calibration_images
-from coldtap.pipeline.quantisation.cwac import compensate_channels
-from coldtap.pipeline.quantisation.kernels import choose_kernel
+from coldtap.pipeline.quantisation.cwac import compensate_channels, rows_of
+from coldtap.pipeline.quantisation.diagnostics import level_db
+from coldtap.pipeline.quantisation.kernel_choice import choose_kernel
 from coldtap.pipeline.quantisation.layers import quantised_layers
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
 from coldtap.pipeline.quantisation.qwt import compensate_blocks
 from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.taps import read_taps_of
+from coldtap.stores.channel_affine import ChannelMoments
 
 N_HELD_OUT = 16
 LARGEST_BATCH = 8
@@ -69,7 +71,7 @@ def _snr_by_method(task: GeometryTask) -> dict[str, Any]:
         reparameterised=REPARAMETERISED,
         seed=0,
     )
-    kernel = choose_kernel("auto", backbone.device).kernel
+    kernel = choose_kernel("int", backbone.device).kernel
     for layer in quantised_layers(base.model).values():
         layer.use(kernel)
     held_out = normalise(pixels[:N_HELD_OUT], backbone.preprocess, torch.float32).split(LARGEST_BATCH)
@@ -78,7 +80,10 @@ def _snr_by_method(task: GeometryTask) -> dict[str, Any]:
     for method in METHODS:
         models = replace(base, model=copy.deepcopy(base.model))
         _compensate(models, method)
-        taps_db[method] = [_snr_db(tap, got) for tap, got in zip(wanted, _taps(models.model, held_out), strict=True)]
+        found = _taps(models.model, held_out)
+        taps_db[method] = [
+            level_db(ChannelMoments.of(rows_of(got), rows_of(tap))) for tap, got in zip(wanted, found, strict=True)
+        ]
     return {"n_images": task.n_images, "n_held_out": N_HELD_OUT, "taps_db": taps_db}
 
 
@@ -87,11 +92,6 @@ def _taps(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     reader = read_taps_of(model, None, 0)
     with torch.inference_mode(), exact_float32():
         return [torch.cat(of_tap) for of_tap in zip(*(reader(batch) for batch in batches), strict=True)]
-
-
-def _snr_db(wanted: Tensor, got: Tensor) -> float:
-    """Variance of the float values over the mean squared error."""
-    return float(10 * torch.log10(wanted.var(unbiased=False) / (wanted - got).square().mean()))
 
 
 def _compensate(models: QuantisedModel, method: str) -> None:

@@ -12,7 +12,7 @@ from benchmarks.quantised_pairs import Series, pair_images, pair_series
 LABELS = {FLOAT: "float32", "none": "base", "qwt": "QwT", "cwac": "CWAC", "stored": "base, stored features compensated"}
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = {"none": "#999999", "qwt": "#e69f00", "cwac": "#0072b2"}
-COMPARED = (("cwac", "qwt"), ("cwac", "none"), ("none", FLOAT), ("qwt", FLOAT), ("cwac", FLOAT))
+COMPARED = (("cwac", "qwt"), ("cwac", "none"), ("qwt", "none"), ("none", FLOAT), ("qwt", FLOAT), ("cwac", FLOAT))
 OWN, TO_QUANTISED, TO_FLOAT = "quantised to quantised", "float to quantised", "quantised to float"
 
 type Record = dict[str, Any]

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from coldtap.pipeline.backbone import Backbone, load_backbone
 from coldtap.pipeline.preprocess import Preprocess
+from coldtap.pipeline.quantisation.cwac import rows_of
+from coldtap.pipeline.quantisation.diagnostics import level_db
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
 from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.taps import read_taps_of
+from coldtap.stores.channel_affine import ChannelMoments
 
 SIDE = 32
 HOW = Preprocess(
@@ -109,4 +112,5 @@ def taps_of(module: nn.Module, images: Tensor, like: Backbone) -> list[Tensor]:
 
 
 def snr_db(wanted: Tensor, got: Tensor) -> float:
-    return float(10 * torch.log10(wanted.var(unbiased=False) / (wanted - got).square().mean()))
+    """As `diagnose` has it: what differs between channels alone is no signal."""
+    return level_db(ChannelMoments.of(rows_of(got), rows_of(wanted)))

@@ -50,7 +50,7 @@ def test_the_quick_benchmark_of_integers_prints_ratios_to_float_and_shares_of_ti
     printed = capsys.readouterr().out
     records = json.loads((tmp_path / "records.json").read_text())["integers"]
     speeds = {(record["measured"], record["contestant"]): record for record in records if "contestant" in record}
-    assert len(speeds) == 7
+    assert len(speeds) == 8
     assert all(record["images_per_s"] > 0 for record in speeds.values())
     assert speeds["whole extraction", "w8a8"]["goal"] == 2
     assert f"{speeds['backbone alone', 'w8a8']['ratio']:.2f}" in printed

@@ -4,6 +4,9 @@ import csv
 import io
 import json
 import math
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +27,7 @@ from coldtap.pipeline.quantisation.quantise import quantise
 from coldtap.pipeline.quantisation.quantize import quantize
 from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.stores.channel_affine import RIDGE
-from coldtap.stores.errors import ColdtapError, OptionError, RunError, SourceError
+from coldtap.stores.errors import ColdtapError, MachineError, OptionError, RunError, SourceError
 from tests.jobs import coldtap, error_line
 from tests.pictures import encoded, picture
 
@@ -206,6 +209,32 @@ def test_an_earlier_diagnosis_is_replaced(ask, tmp_path):
     assert (tmp_path / "diagnosis.png").read_bytes().startswith(b"\x89PNG")
 
 
+KILLED_WHILE_IT_WRITES = """
+import os, signal, sys
+from pathlib import Path
+from coldtap.stores.durable import write_file
+
+def pieces():
+    yield b"half"
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_file(Path(sys.argv[1]), pieces())
+"""
+
+
+def test_what_a_killed_diagnosis_leaves_does_not_stop_the_next_which_leaves_none_of_it(ask, tmp_path):
+    out = tmp_path / "out"
+    for name in FILES:
+        killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_IT_WRITES, out / name], check=False)
+        assert killed.returncode == -signal.SIGKILL
+    assert {path.name for path in out.iterdir()} == {f"{name}.partial" for name in FILES}
+    ask(out, seeds=1)
+    assert {path.name for path in out.iterdir()} == set(FILES)
+    (out / "thesis.csv.partial").write_bytes(b"of somebody else")
+    with pytest.raises(RunError, match=r"holds thesis\.csv\.partial, which is of no diagnosis"):
+        ask(out)
+
+
 def test_a_tap_that_is_exact_is_said_to_be(ask, tmp_path):
     diagnosis = ask(tmp_path, seeds=1, overrides=["patch_embed.*=float"])
     assert diagnosis.taps[0].uncompensated_db.values == (math.inf,)
@@ -297,6 +326,10 @@ def test_a_folder_with_other_things_is_left_alone(ask, tmp_path):
         ask(tmp_path)
     with pytest.raises(RunError, match=r"thesis.txt is a file: give a folder"):
         ask(tmp_path / "thesis.txt")
+    with pytest.raises(OptionError, match=r"thesis.txt is a file, and no folder can be there"):
+        ask(tmp_path / "thesis.txt/out", calibration="nowhere")
+    with pytest.raises(MachineError, match="a name in this path is too long: choose a shorter one"):
+        ask(tmp_path / (300 * "n"), calibration="nowhere")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -303,7 +303,16 @@ def test_other_widths_are_refused(tmp_path, options, message):
     ("words", "code", "message"),
     [
         (["{file}", "--out", "net.onnx", "--format", "tflite"], 2, "--format tflite: choose one of onnx"),
-        (["{file}", "--out", "{folder}"], 2, "--out {folder} is a folder: give a file, such as {folder}/backbone.onnx"),
+        (
+            ["{file}", "--out", "{folder}"],
+            2,
+            "--out {folder} is a folder: give the path of a file, such as {folder}/backbone.onnx",
+        ),
+        # The place is looked at first: what would be exported is not even there.
+        (["{folder}/none", "--out", "{file}/net.onnx"], 2, "{file} is a file, and no folder can be there"),
+        (["{folder}/none", "--out", "{file}/new/net.onnx"], 2, "{file} is a file, and no folder can be there"),
+        (["{folder}/none", "--out", "{folder}/" + 250 * "n"], 7, "a name in this path is too long: choose a shorter"),
+        (["{folder}/none", "--out", "{folder}/new/" + 300 * "n"], 7, "a name in this path is too long"),
         (
             ["{folder}/none", "--out", "{folder}/net.onnx"],
             4,

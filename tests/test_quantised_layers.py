@@ -1,5 +1,7 @@
 """Codes, ranges, kernels and folding: one layer at a time."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from coldtap.pipeline.quantisation import kernels
-from coldtap.pipeline.quantisation.kernels import FloatKernel, IntMmKernel, OneDnnKernel, choose_kernel
+from coldtap.pipeline.quantisation import kernel_choice
+from coldtap.pipeline.quantisation.kernel_choice import choose_kernel
+from coldtap.pipeline.quantisation.kernels import FloatKernel, IntMmKernel, OneDnnKernel
 from coldtap.pipeline.quantisation.layers import QuantisedLayer
 from coldtap.pipeline.quantisation.packing import pack, unpack
 from coldtap.pipeline.quantisation.product import GeluInto
@@ -227,41 +230,159 @@ class SaturatingKernel(OneDnnKernel):
         return run
 
 
-def test_a_kernel_that_saturates_is_found_out(monkeypatch):
-    monkeypatch.setattr(kernels, "_kernels_of", lambda device: {"onednn": SaturatingKernel()})
-    kernels._flaw.cache_clear()
-    try:
-        choice = choose_kernel("auto", CPU)
-        assert choice.kernel.name == "float"
-        assert choice.why == "no integer kernel computes exactly here (onednn: wrong sums)"
-        with pytest.raises(MachineError, match=r"--kernel int: no integer kernel computes exactly here .*wrong sums"):
-            choose_kernel("int", CPU)
-        with pytest.raises(MachineError, match="--kernel onednn: wrong sums on this machine; use --kernel auto"):
-            choose_kernel("onednn", CPU)
-    finally:
-        kernels._flaw.cache_clear()
+@pytest.fixture
+def offer(monkeypatch):
+    """Kernels that this machine is said to have, in order."""
+
+    def use(*offered):
+        monkeypatch.setattr(kernel_choice, "_kernels_of", lambda device: {kernel.name: kernel for kernel in offered})
+        kernel_choice._flaw.cache_clear()
+
+    yield use
+    kernel_choice._flaw.cache_clear()
 
 
-def test_a_kernel_that_is_not_there_is_passed_over(monkeypatch):
+def test_a_kernel_that_saturates_is_found_out(offer):
+    offer(SaturatingKernel())
+    choice = choose_kernel("auto", CPU)
+    assert choice.kernel.name == "float"
+    assert choice.why == "no integer kernel computes exactly here (onednn: wrong sums)"
+    with pytest.raises(MachineError, match=r"--kernel int: no integer kernel computes exactly here .*wrong sums"):
+        choose_kernel("int", CPU)
+    with pytest.raises(MachineError, match="--kernel onednn: wrong sums on this machine; use --kernel auto"):
+        choose_kernel("onednn", CPU)
+
+
+def test_a_kernel_that_is_not_there_is_passed_over(offer):
     class Missing(OneDnnKernel):
         def prepare(self, product):
             raise RuntimeError("no such operator\nand more")
 
-    monkeypatch.setattr(kernels, "_kernels_of", lambda device: {"onednn": Missing(), "int_mm": IntMmKernel()})
-    kernels._flaw.cache_clear()
-    try:
-        assert choose_kernel("int", CPU).kernel.name == "int_mm"
-    finally:
-        kernels._flaw.cache_clear()
+    offer(Missing(), IntMmKernel())
+    choice = choose_kernel("int", CPU)
+    assert choice.kernel.name == "int_mm"
+    assert choice.why == "int_mm computes exactly (onednn: no such operator)"
 
 
-@pytest.mark.parametrize(("speed", "kernel"), [(3.0, "onednn"), (0.9, "float")])
-def test_a_kernel_that_is_slower_than_float_is_not_taken_unasked(monkeypatch, speed, kernel):
-    monkeypatch.setattr(kernels, "_speeds", lambda device, names: {"onednn": speed, "int_mm": speed / 2})
+class StandIn(IntMmKernel):
+    """Exact on any machine, and first in the order."""
+
+    name = "onednn"
+
+
+class WithoutGelu(StandIn):
+    """A build of PyTorch whose operators know one GELU, or none."""
+
+    def __init__(self, *missing):
+        self.missing = missing
+
+    def prepare(self, product):
+        if product.then is not None and product.then.approximate in self.missing:
+            raise RuntimeError("unsupported post op gelu")
+        return super().prepare(product)
+
+
+class NoGelu(StandIn):
+    """Hands on the codes of y, not those of its GELU."""
+
+    def prepare(self, product):
+        if product.then is None:
+            return super().prepare(product)
+        run, then = super().prepare(replace(product, then=None)), product.then
+        return lambda codes: then.range.quantise(run(codes), then.largest)
+
+
+class FloatGelu(StandIn):
+    """The values that were asked for, but as floats."""
+
+    def prepare(self, product):
+        run = super().prepare(product)
+        return run if product.then is None else lambda codes: run(codes).float()
+
+
+class NeedsBias(StandIn):
+    """Adds ones where nothing is to be added."""
+
+    def prepare(self, product):
+        ones = torch.ones(len(product.codes))
+        return super().prepare(replace(product, bias=ones) if product.bias is None else product)
+
+
+class Undilated(StandIn):
+    """Raises at what it cannot do."""
+
+    def prepare(self, product):
+        if product.window is not None and product.window.dilation != (1, 1):
+            raise RuntimeError("dilation is not supported")
+        return super().prepare(product)
+
+
+FLAWED = {
+    "no GELU": (WithoutGelu("none", "tanh"), "unsupported post op gelu"),
+    "no GELU by tanh": (WithoutGelu("tanh"), "unsupported post op gelu"),
+    "no GELU by erf": (WithoutGelu("none"), "unsupported post op gelu"),
+    "GELU left out": (NoGelu(), "wrong codes of a GELU"),
+    "GELU in float": (FloatGelu(), "wrong codes of a GELU"),
+    "bias out of nowhere": (NeedsBias(), "wrong sums"),
+    "no dilation": (Undilated(), "dilation is not supported"),
+}
+
+
+@pytest.mark.parametrize("name", FLAWED)
+def test_a_kernel_that_fails_at_one_kind_of_product_is_found_out_before_it_is_used(offer, monkeypatch, name):
+    flawed, flaw = FLAWED[name]
+    monkeypatch.setattr(kernel_choice, "_speed", lambda name, probe, device: 2.0)
+    offer(flawed, IntMmKernel())
     choice = choose_kernel("auto", CPU)
+    assert choice.kernel.name == "int_mm"
+    assert choice.why.startswith(f"int_mm computes exactly (onednn: {flaw}), at 2.0 × the speed of float32 on a linear")
+    offer(flawed)
+    with pytest.raises(MachineError, match=rf"--kernel int: .*exactly here \(onednn: {flaw}\); use --kernel float"):
+        choose_kernel("int", CPU)
+    with pytest.raises(MachineError, match=f"--kernel onednn: {flaw} on this machine; use --kernel auto"):
+        choose_kernel("onednn", CPU)
+
+
+def test_the_reference_and_int_mm_compute_exactly(offer):
+    offer(FloatKernel(), IntMmKernel())
+    assert [kernel_choice._flaw(name, CPU) for name in ("float", "int_mm")] == [None, None]
+
+
+def test_kernels_of_integers_have_an_order_and_no_clock(monkeypatch):
+    def clocked(name, probe, device):
+        raise AssertionError(f"{name} was timed")
+
+    monkeypatch.setattr(kernel_choice, "_speed", clocked)
+    assert list(kernel_choice._kernels_of("cpu")) == ["onednn", "int_mm"]
+    assert list(kernel_choice._kernels_of("cuda")) == ["int_mm"]
+    exact = [name for name in ("onednn", "int_mm") if kernel_choice._flaw(name, CPU) is None]
+    choice = choose_kernel("int", CPU)
+    assert choice.kernel.name == exact[0]
+    assert choice.why.startswith(f"{exact[0]} computes exactly")
+
+
+@pytest.mark.parametrize(("convolutions", "kernel"), [(False, "int_mm"), (True, "float")])
+def test_a_kernel_that_is_slower_than_float_at_what_the_model_is_made_of_is_not_taken_unasked(
+    offer, monkeypatch, convolutions, kernel
+):
+    offer(IntMmKernel())
+    monkeypatch.setattr(kernel_choice, "_speed", lambda name, probe, device: 3.0 if probe.window is None else 0.9)
+    choice = choose_kernel("auto", CPU, convolutions=convolutions)
     assert choice.kernel.name == kernel
-    assert f"onednn computes exactly, at {speed} × the speed of float32" in choice.why
-    assert choose_kernel("int", CPU).kernel.name == "onednn"
+    measured = "0.9 × the speed of float32 on a convolution of ResNet-50's size: no gain"
+    assert choice.why.endswith(measured if convolutions else "3.0 × the speed of float32 on a linear of ViT-B's size")
+    assert choose_kernel("int", CPU, convolutions=convolutions).kernel.name == "int_mm"
+
+
+def test_speeds_are_measured_and_leave_the_threads_as_they_were():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for probe in (kernel_choice._LINEAR, kernel_choice._CONVOLUTION):
+            assert kernel_choice._speed.__wrapped__("int_mm", probe, CPU) > 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_an_unknown_kernel_is_an_option_error():

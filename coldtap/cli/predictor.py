@@ -1,6 +1,6 @@
 """Backbone and adaptor joined: images in, labels out, without a store."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from coldtap.pipeline.backbone import Backbone, load_backbone
 from coldtap.pipeline.decode_ahead import Decoder
 from coldtap.pipeline.gather import gather
 from coldtap.pipeline.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.quantisation.artefact import read_artefact
 from coldtap.pipeline.sources import Listing, Source
 from coldtap.stores.arrays import ArraySpec
 from coldtap.stores.canonical import digest_of
@@ -64,11 +65,7 @@ class Predictor:
                 "in Python"
             )
         extractor = info.extractor
-        if (of := extractor.get("quantisation")) is not None and quantised is None:
-            raise ModelError(
-                f"{run} was trained on features of a quantised backbone ({of['scheme']}, artefact "
-                f"{of['artefact'][:12]}): give its file with --quantized"
-            )
+        _require_artefact(run, extractor.get("quantisation"), quantised)
         backbone = load_backbone(
             model or (None if quantised else info.model),
             quantised=quantised,
@@ -149,3 +146,29 @@ class Predictor:
         if listing.class_names and self.info.class_names:
             return listing.class_names[target] == self.name_of(label)
         return target == label
+
+
+def _require_artefact(run: Path, needed: Mapping[str, str] | None, quantised: Path | None) -> None:
+    """Refuse another artefact than that of the run's features, before anything is loaded from it."""
+    if quantised is None:
+        if needed is not None:
+            raise ModelError(
+                f"{run} was trained on features of a quantised backbone ({_named(needed)}): give its file with "
+                "--quantized"
+            )
+        return
+    found = read_artefact(quantised).identity()
+    if needed is None:
+        raise ModelError(
+            f"--quantized {quantised} is a quantised backbone ({_named(found)}), and {run} was trained on features of "
+            "a float one: leave --quantized out"
+        )
+    if found != needed:
+        raise ModelError(
+            f"--quantized {quantised} is another quantised backbone ({_named(found)}) than that whose features {run} "
+            f"was trained on ({_named(needed)}): give that one's file"
+        )
+
+
+def _named(quantisation: Mapping[str, str]) -> str:
+    return f"{quantisation['scheme']}, artefact {quantisation['artefact'][:12]}"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from coldtap.pipeline.final_norm import final_norm
 from coldtap.pipeline.preprocess import Preprocess, normalise
 from coldtap.pipeline.quantisation.artefact import Artefact, read_artefact
-from coldtap.pipeline.quantisation.kernels import KernelChoice, choose_kernel
+from coldtap.pipeline.quantisation.kernel_choice import KernelChoice, choose_kernel
+from coldtap.pipeline.quantisation.layers import quantised_layers
 from coldtap.pipeline.quantisation.loading import build_quantised
 from coldtap.pipeline.quantisation.run_on import run_on
 from coldtap.pipeline.reference import ARCHITECTURE as REFERENCE
@@ -22,6 +23,7 @@ from coldtap.pipeline.weights import create_timm_model, weights_digest
 from coldtap.stores.arrays import Geometry
 from coldtap.stores.errors import ColdtapError, MachineError, ModelError, OptionError
 from coldtap.stores.norm import FinalNorm
+from coldtap.stores.recipe import differing_fields
 
 type Precision = Literal["float32", "bfloat16", "float16"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision.__value__)
@@ -139,7 +141,7 @@ def load_backbone(
         artefact = read_artefact(quantised)
         module = build_quantised(artefact, quantised, model)
         architecture, digest = artefact.about.architecture, artefact.about.backbone
-        how = _artefact_preprocess(artefact, quantised, preprocess)
+        how = _artefact_preprocess(artefact, quantised, module, preprocess)
     else:
         if kernel != "auto":
             raise OptionError(f"--kernel {kernel} is of a quantised backbone: give one with --quantized")
@@ -152,7 +154,9 @@ def load_backbone(
     module = module.requires_grad_(False).to(place, getattr(torch, precision))
     choice = None
     if artefact is not None:
-        choice = choose_kernel(kernel, place)
+        layers = quantised_layers(module).values()
+        n_convolutions = sum(layer.window is not None for layer in layers)
+        choice = choose_kernel(kernel, place, convolutions=2 * n_convolutions > len(layers))
         run_on(module, choice.kernel)
     reader = read_taps_of(module, taps, prefix_tokens)
     blank = torch.zeros(1, len(how.mean), how.height, how.width, dtype=getattr(torch, precision), device=place)
@@ -193,17 +197,25 @@ def _refuse_beside_artefact(
 
 
 def _artefact_preprocess(
-    artefact: Artefact, path: Path, preprocess: Preprocess | Mapping[str, Any] | None
+    artefact: Artefact, path: Path, module: nn.Module, preprocess: Preprocess | Mapping[str, Any] | None
 ) -> Preprocess:
     """The preprocessing of the calibration; the ranges hold for no other."""
     how = artefact.preprocess
-    if preprocess is None or preprocess == how or (isinstance(preprocess, Mapping) and not preprocess):
-        return how
-    asked = preprocess.to_dict() if isinstance(preprocess, Preprocess) else preprocess
-    raise OptionError(
-        f"{path} was calibrated with {how.to_dict()}, and {', '.join(map(str, asked))} cannot be others: "
-        "leave the options of the preprocessing out, or quantise with them"
-    )
+    asked = preprocess if isinstance(preprocess, Preprocess) else _override(how, module, preprocess or {})
+    if differ := differing_fields(how.to_dict(), asked.to_dict()):
+        raise OptionError(
+            f"{path} was calibrated with another preprocessing than is asked for (calibrated → asked: "
+            f"{'; '.join(differ)}): leave the options of the preprocessing out, or quantise with them"
+        )
+    return how
+
+
+def _override(how: Preprocess, module: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
+    """A preprocessing with parts replaced, as they may be for a timm model."""
+    parts = how.to_dict()
+    size = (parts.pop("height"), parts.pop("width"))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return Preprocess.from_timm(module, {"input_size": size, **parts, **given})
 
 
 def _float_module(

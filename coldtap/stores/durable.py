@@ -16,6 +16,8 @@ _REASONS = {
     errno.EROFS: "the file system is read-only: choose another path",
     errno.EACCES: "no permission to write there: choose another path or change its mode",
     errno.EPERM: "no permission to write there: choose another path or change its mode",
+    errno.ENAMETOOLONG: "a name in this path is too long: choose a shorter one",
+    errno.EISDIR: "a folder is there: choose another path",
 }
 
 
@@ -23,21 +25,27 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write a file so that it is there whole or not at all, whatever happens.
 
     Raises:
-        MachineError: the disk is full, read-only or refuses; nothing under `path` has changed.
+        MachineError: the disk is full, read-only or refuses, or the path is none for a file; nothing under `path` has
+            changed.
     """
-    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
+    temporary = temporary_of(path)
     with machine_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path)
         try:
             with temporary.open("wb", buffering=0) as file:
                 for piece in pieces:
                     _write_all(file.fileno(), memoryview(piece))
                 os.fsync(file.fileno())
+            temporary.rename(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        temporary.rename(path)
         sync_folder(path.parent)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where a file is until it is whole; what a killed process leaves there, the next one replaces."""
+    return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 
 def sync_folder(folder: Path) -> None:
@@ -58,6 +66,15 @@ def machine_errors(path: Path) -> Iterator[None]:
         if isinstance(error, MachineError) or error.errno not in _REASONS:
             raise
         raise MachineError(f"cannot write {path}: {_REASONS[error.errno]}, then run the same command again") from error
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise MachineError(
+            f"cannot write {path}: a file is where a folder would have to be: choose another path"
+        ) from error
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

@@ -2,7 +2,7 @@
 
 Tensors: `codes/LAYER` (packed, `packing`), `weight_scale/LAYER`, `bias/LAYER`, `cwac.scale/LAYER`, `cwac.offset/LAYER`,
 `qwt.weight/BLOCK`, `qwt.bias/BLOCK`, and under `float/` what stays float, by its name in the model. The metadata's key
-`coldtap` holds all else as JSON (docs/format.md).
+`coldtap` holds all else as JSON (docs/quantisation.md).
 """
 
 import json

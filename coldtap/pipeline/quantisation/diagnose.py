@@ -6,6 +6,7 @@ on the float kernel, the reference: the fastest one is chosen by a clock, and ea
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -28,7 +29,7 @@ from coldtap.pipeline.quantisation.calibration_images import (
 from coldtap.pipeline.quantisation.cwac import SiteFit, compensate_channels, rows_of
 from coldtap.pipeline.quantisation.diagnosis import BlockDiagnosis, Diagnosis, SiteDiagnosis, Spread, TapDiagnosis
 from coldtap.pipeline.quantisation.diagnosis_picture import draw_diagnosis
-from coldtap.pipeline.quantisation.diagnostics import snr_db
+from coldtap.pipeline.quantisation.diagnostics import left_float_lines, level_db, snr_db
 from coldtap.pipeline.quantisation.layers import QuantisedLayer
 from coldtap.pipeline.quantisation.linear_map import LinearMoments
 from coldtap.pipeline.quantisation.near_diagonal import NearDiagonal, near_diagonal
@@ -41,8 +42,9 @@ from coldtap.pipeline.quantisation.sites import TARGETS, Target, UnitAtWork, uni
 from coldtap.pipeline.sources import open_source
 from coldtap.pipeline.taps import read_taps_of
 from coldtap.stores.channel_affine import ChannelAffine, ChannelMoments
-from coldtap.stores.durable import write_file
+from coldtap.stores.durable import TEMPORARY_SUFFIX, write_file
 from coldtap.stores.errors import OptionError, RunError, SourceError
+from coldtap.stores.output_place import require_place
 
 CSV, PICTURE, JSON = FILES = ("sites.csv", "diagnosis.png", "diagnosis.json")
 CALIBRATED_A_HELD_OUT = 4  # images
@@ -111,8 +113,8 @@ def diagnose(
         told.note(f"seed {seed}: {split.n_calibration} images to calibrate on, {split.n_held_out} others held out")
         models = quantise(backbone, split.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
         if not found:
-            for name, why in models.anatomy.left_float.items():
-                told.note(f"left in float: {name} ({why})")
+            for line in left_float_lines(models.anatomy.left_float):
+                told.note(line)
             told.begin(PASSES * seeds * len(models.anatomy.units))
         found.append(_diagnose_seed(backbone, models, split, target, told.advance))
     diagnosis = Diagnosis(
@@ -155,9 +157,11 @@ def _check(ranges: str, target: str, seeds: int, images: int | None) -> None:
 
 
 def _refuse_other_content(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+    if os.path.isfile(folder):  # unlike Path's, no error where a name is too long: what follows says that better
         raise RunError(f"--out {folder} is a file: give a folder")
-    other = sorted({path.name for path in folder.iterdir()} - set(FILES)) if folder.exists() else []
+    require_place(folder / JSON, JSON)
+    own = {*FILES, *(name + TEMPORARY_SUFFIX for name in FILES)}  # a killed run leaves these, and writing ends them
+    other = sorted({path.name for path in folder.iterdir()} - own) if folder.exists() else []
     if other:
         raise RunError(f"--out {folder} holds {', '.join(other[:3])}, which is of no diagnosis: choose another folder")
 
@@ -286,12 +290,7 @@ def _tap_levels(backbone: Backbone, models: Sequence[nn.Module], batches: Sequen
                 ChannelMoments.of(rows_of(got), rows_of(tap)) for got, tap in zip(one(pixels), wanted, strict=True)
             ]
             moments[i] = [a + b for a, b in zip(moments[i], found, strict=True)] if moments[i] else found
-    return [[_level(tap) for tap in of_model] for of_model in moments]
-
-
-def _level(moments: ChannelMoments) -> float:
-    identity = ChannelAffine.identity(len(moments.xx))
-    return snr_db(float(moments.yy.sum()), float(moments.squared_error(identity).sum()))
+    return [[level_db(tap) for tap in of_model] for of_model in moments]
 
 
 def _sites(found: Sequence[_OfSeed]) -> list[SiteDiagnosis]:

@@ -1,9 +1,12 @@
 """What compensation does, site by site, as plain text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf, isfinite, log10
 
 from coldtap.pipeline.quantisation.cwac import SiteFit
+from coldtap.stores.channel_affine import ChannelAffine, ChannelMoments
+
+NAMES_A_REASON = 3
 
 
 def site_table(fits: Sequence[SiteFit]) -> str:
@@ -22,6 +25,28 @@ def site_table(fits: Sequence[SiteFit]) -> str:
     ]
     added, folded = sum(fit.n_parameters for fit in fits), sum(fit.n_folded_parameters for fit in fits)
     return aligned(header, [*lines, ("all", "", "", "", f"{added:,}", f"{folded:,}")])
+
+
+def left_float_lines(left_float: Mapping[str, str]) -> list[str]:
+    """A line a reason, with the first names that it is of."""
+    by_reason: dict[str, list[str]] = {}
+    for name, why in left_float.items():
+        by_reason.setdefault(why, []).append(name)
+    lines = []
+    for why, names in by_reason.items():
+        more = len(names) - NAMES_A_REASON
+        said = ", ".join(names[:NAMES_A_REASON]) + (f" and {more} more" if more > 0 else "")
+        lines.append(f"left in float: {said} ({why})")
+    return lines
+
+
+def level_db(moments: ChannelMoments) -> float:
+    """Signal to noise of moments of (got, wanted): the variance of what is wanted over the mean squared error.
+
+    Both are summed over channels, so that what differs between channels alone is no signal.
+    """
+    identity = ChannelAffine.identity(len(moments.xx))
+    return snr_db(float(moments.yy.sum()), float(moments.squared_error(identity).sum()))
 
 
 def snr_db(signal: float, error: float) -> float:

@@ -23,7 +23,7 @@ from coldtap.stores.errors import ModelError
 # A norm folded into a convolution, and a model put together of its units, may differ in rounding alone.
 TOLERANCE = 1e-3
 # What has weights and multiplies nothing by a matrix: float by nature.
-ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, LayerScale, nn.PReLU)
+ELEMENTWISE = (nn.LayerNorm, nn.RMSNorm, nn.BatchNorm2d, nn.GroupNorm, LayerScale, nn.PReLU)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ def _vit(model: VisionTransformer) -> Anatomy:
     if others:
         raise ModelError(f"ViT blocks of type {', '.join(sorted(others))} cannot be quantised yet: extract in float")
     blocks = [f"blocks.{i}" for i in range(len(model.blocks))]
-    layers, left_float = _sort(model, outside=("norm", "fc_norm", "head", "head_drop", "attn_pool"))
+    layers, left_float = _sort(model, outside=("norm", "fc_norm", "head", "head_dist", "head_drop", "attn_pool"))
     norms = {
         f"{block}.{norm}": f"{block}.{layer}"
         for block in blocks
@@ -187,7 +187,7 @@ def _sort(model: nn.Module, outside: Sequence[str]) -> tuple[list[str], dict[str
             continue
         if type(module) is nn.Linear or (type(module) is nn.Conv2d and _is_plain(module)):
             layers.append(name)
-        elif isinstance(module, nn.Conv2d):
+        elif type(module) is nn.Conv2d:
             left_float[name] = "a grouped, depthwise or otherwise padded convolution"
         elif name and not isinstance(module, ELEMENTWISE):
             left_float[name] = f"{type(module).__name__} is not handled"

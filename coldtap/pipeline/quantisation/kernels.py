@@ -1,26 +1,18 @@
-"""Kernels: ways to run an integer product, each tried against exact integers before it is used.
+"""Kernels: ways to run an integer product (`kernel_choice.py` says which).
 
 `onednn` is oneDNN's quantised linear and convolution (VNNI on x86), with scales, bias and GELU in the same pass.
 `int_mm` is `torch._int_mm`, on CUDA and where oneDNN is not. `float` restores floats and multiplies those: the
 reference, which runs anywhere and is no faster than an unquantised backbone.
 """
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from coldtap.pipeline.quantisation.product import GeluInto, Product, Window
-from coldtap.pipeline.quantisation.ranges import ActivationRange
-from coldtap.stores.errors import MachineError, OptionError
-
-type KernelOption = Literal["auto", "int", "float"]
-KERNEL_OPTIONS: tuple[KernelOption, ...] = get_args(KernelOption.__value__)
+from coldtap.pipeline.quantisation.product import GeluInto, Product
 
 type Run = Callable[[Tensor], Tensor]
 
@@ -47,14 +39,15 @@ class FloatKernel:
         def run(codes: Tensor) -> Tensor:
             values = product.input.restore(codes)
             if window is None:
-                return _follow(functional.linear(values, weight, product.bias), product.then)
+                return follow(functional.linear(values, weight, product.bias), product.then)
             y = functional.conv2d(values, weight, product.bias, window.stride, window.padding, window.dilation)
-            return _follow(y, product.then)
+            return follow(y, product.then)
 
         return run
 
 
-def _follow(y: Tensor, then: GeluInto | None) -> Tensor:
+def follow(y: Tensor, then: GeluInto | None) -> Tensor:
+    """y, or the codes of what follows."""
     if then is None:
         return y
     return then.range.quantise(functional.gelu(y, approximate=then.approximate), then.largest)
@@ -121,7 +114,7 @@ class IntMmKernel:
             signed = functional.pad(signed, (0, -k % 8, 0, max(0, 17 - n_rows)))  # cuBLAS takes more than 16 rows
             y = (torch._int_mm(signed, weight) + shift)[:n_rows, :n_out].float() * scale
             y = (y if product.bias is None else y + product.bias).reshape(*shape, n_out)
-            return _follow(y if window is None else y.permute(0, 3, 1, 2), product.then)
+            return follow(y if window is None else y.permute(0, 3, 1, 2), product.then)
 
         return run
 
@@ -136,130 +129,3 @@ def _patches(codes: Tensor, product: Product) -> tuple[Tensor, tuple[int, ...]]:
     seen = codes.unfold(2, (height - 1) * high + 1, down).unfold(3, (width - 1) * wide + 1, right)
     seen = seen[..., ::high, ::wide].permute(0, 2, 3, 1, 4, 5)
     return seen.reshape(*seen.shape[:3], -1), tuple(seen.shape[:3])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelChoice:
-    """A kernel, and why it was taken."""
-
-    kernel: Kernel
-    why: str
-
-
-def choose_kernel(option: str, device: torch.device) -> KernelChoice:
-    """The kernel of an option, or of a kernel's own name.
-
-    `auto` takes the fastest kernel that computes exactly and beats float32 on a linear of ViT-B's size; else `float`.
-    `int` takes the fastest that computes exactly.
-
-    Raises:
-        OptionError: no such option.
-        MachineError: integers are asked for, and no kernel computes exactly on this machine.
-    """
-    named = _kernels_of(device.type)
-    if option == "float":
-        return KernelChoice(kernel=FloatKernel(), why="as asked: floats are restored and multiplied")
-    if option in named:
-        if (wrong := _flaw(option, device)) is not None:
-            raise MachineError(f"--kernel {option}: {wrong} on this machine; use --kernel auto")
-        return KernelChoice(kernel=named[option], why="as asked")
-    if option not in KERNEL_OPTIONS:
-        raise OptionError(f"--kernel {option}: choose one of {', '.join(KERNEL_OPTIONS)}")
-    flaws = {name: _flaw(name, device) for name in named}
-    exact = [name for name, flaw in flaws.items() if flaw is None]
-    said = "; ".join(f"{name}: {flaw}" for name, flaw in flaws.items() if flaw)
-    if not exact:
-        if option == "int":
-            raise MachineError(f"--kernel int: no integer kernel computes exactly here ({said}); use --kernel float")
-        return KernelChoice(kernel=FloatKernel(), why=f"no integer kernel computes exactly here ({said})")
-    speeds = _speeds(device, tuple(exact))
-    best = max(exact, key=speeds.__getitem__)
-    measured = f"{best} computes exactly, at {speeds[best]:.1f} × the speed of float32 on a linear of ViT-B's size"
-    if option == "auto" and speeds[best] <= 1:
-        return KernelChoice(kernel=FloatKernel(), why=f"{measured}: no gain")
-    return KernelChoice(kernel=named[best], why=measured)
-
-
-def _kernels_of(device_type: str) -> dict[str, Kernel]:
-    kernels: tuple[Kernel, ...] = (OneDnnKernel(), IntMmKernel()) if device_type == "cpu" else (IntMmKernel(),)
-    return {kernel.name: kernel for kernel in kernels}
-
-
-@cache
-def _flaw(name: str, device: torch.device) -> str | None:
-    """What is wrong with a kernel on this machine; None where its integers are exact."""
-    kernel = _kernels_of(device.type)[name]
-    try:
-        for product, codes in _hard_products(device):
-            if not torch.equal(kernel.prepare(product)(codes).long(), _exactly(product, codes)):
-                return "wrong sums"
-    except (RuntimeError, AttributeError, NotImplementedError) as error:
-        return str(error).splitlines()[0][:120]
-    return None
-
-
-def _hard_products(device: torch.device) -> list[tuple[Product, Tensor]]:
-    """A linear and two convolutions at the largest codes, where 16-bit sums of pairs would saturate, and at random."""
-    noise = torch.Generator().manual_seed(0)
-    found = []
-    for shape, window in (
-        ((24, 136), None),
-        ((24, 8, 3, 3), Window(stride=(2, 2), padding=(1, 1), dilation=(1, 1))),
-        ((24, 8, 4, 4), Window(stride=(4, 4), padding=(0, 0), dilation=(1, 1))),
-    ):
-        codes = torch.randint(0, 256, (40, 136) if window is None else (2, 8, 12, 12), generator=noise)
-        weight = torch.randint(-127, 128, shape, generator=noise)
-        codes[0], weight[0], weight[1] = 255, 127, -127
-        product = Product(
-            codes=weight.to(device, torch.int8),
-            scale=torch.ones(24, device=device),
-            bias=torch.arange(24.0, device=device),
-            input=ActivationRange(scale=1.0, zero=37),
-            window=window,
-            then=None,
-        )
-        found.append((product, codes.to(device, torch.uint8)))
-    return found
-
-
-def _exactly(product: Product, codes: Tensor) -> Tensor:
-    """The product of `_hard_products` in float64, where every sum is exact."""
-    values, weight = codes.double() - product.input.zero, product.codes.double()
-    assert product.bias is not None
-    if product.window is None:
-        return functional.linear(values, weight, product.bias.double()).long()
-    window = product.window
-    return functional.conv2d(values, weight, product.bias.double(), window.stride, window.padding).long()
-
-
-@cache
-def _speeds(device: torch.device, names: tuple[str, ...]) -> dict[str, float]:
-    """Speed of each kernel over a float32 product of the same size: (1576, 768) by (768, 768), eight ViT-B images."""
-    weight = torch.randint(-127, 128, (768, 768), device=device).to(torch.int8)
-    product = Product(
-        codes=weight,
-        scale=torch.ones(768, device=device),
-        bias=torch.zeros(768, device=device),
-        input=ActivationRange(scale=1.0, zero=128),
-        window=None,
-        then=None,
-    )
-    values, float_weight = torch.randn(1576, 768, device=device), weight.float()
-    baseline = _seconds(lambda: functional.linear(values, float_weight, product.bias), device)
-    speeds = {}
-    for name in names:
-        run = _kernels_of(device.type)[name].prepare(product)
-        speeds[name] = baseline / _seconds(lambda run=run: run(product.input.quantise(values, 255)), device)  # type: ignore[misc]
-    return speeds
-
-
-def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """The least of a few runs."""
-    least = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        least = min(least, time.perf_counter() - began)
-    return least

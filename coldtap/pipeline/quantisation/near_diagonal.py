@@ -5,11 +5,11 @@ matrix is nearly diagonal, so that two numbers a channel (`coldtap.stores.channe
 """
 
 from dataclasses import dataclass, replace
-from math import inf, log10
 
 import torch
 from torch import Tensor
 
+from coldtap.pipeline.quantisation.diagnostics import snr_db
 from coldtap.pipeline.quantisation.linear_map import LinearMap, LinearMoments, fit_linear_map
 from coldtap.stores.channel_affine import DEAD, RIDGE, ChannelMoments, fit_affine
 from coldtap.stores.errors import OptionError
@@ -101,7 +101,4 @@ def _off_diagonal_share(weight: Tensor, moments: LinearMoments) -> float:
 
 
 def _snr_db(held_out: LinearMoments, linear_map: LinearMap) -> float:
-    signal, noise = float(held_out.rr.sum()), held_out.squared_error(linear_map)
-    if not signal:
-        return -inf
-    return 10 * log10(signal / noise) if noise else inf
+    return snr_db(float(held_out.rr.sum()), held_out.squared_error(linear_map))

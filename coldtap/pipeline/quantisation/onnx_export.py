@@ -28,6 +28,7 @@ from coldtap.pipeline.taps import read_taps_of
 from coldtap.stores.canonical import canonical_json, digest_of
 from coldtap.stores.durable import write_file
 from coldtap.stores.errors import MachineError, ModelError, OptionError
+from coldtap.stores.output_place import require_place
 
 OPSET = 20  # the first that has Gelu
 INPUT = "pixels"
@@ -80,12 +81,11 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
 
     Raises:
         ModelError: it is no artefact, or of another model; a layer has other widths; the model cannot be exported.
-        OptionError: `out` is a folder, or holds something else.
+        OptionError: `out` is a folder, lies in a file, or holds something else.
         MachineError: a package of `coldtap[onnx]` is not installed, or the disk is full, read-only or refuses.
     """
     source, path = Path(artefact), Path(out)
-    if path.is_dir():
-        raise OptionError(f"--out {path} is a folder: give a file, such as {path / 'backbone.onnx'}")
+    require_place(path, "backbone.onnx")
     _require_packages()
     read = read_artefact(source)
     _require_eight_bits(read, source)

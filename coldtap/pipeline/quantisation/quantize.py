@@ -13,6 +13,7 @@ from coldtap.pipeline.preprocess import Preprocess
 from coldtap.pipeline.quantisation.artefact import About, read_artefact, write_artefact
 from coldtap.pipeline.quantisation.calibration_images import read_calibration_images
 from coldtap.pipeline.quantisation.cwac import SiteFit, compensate_channels
+from coldtap.pipeline.quantisation.diagnostics import left_float_lines
 from coldtap.pipeline.quantisation.families import anatomy_of
 from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
 from coldtap.pipeline.quantisation.qwt import RIDGES, compensate_blocks
@@ -21,6 +22,7 @@ from coldtap.pipeline.quantisation.scheme import SchemeByLayer
 from coldtap.pipeline.quantisation.sites import TARGETS, Target
 from coldtap.stores.channel_affine import RIDGE
 from coldtap.stores.errors import ModelError, OptionError
+from coldtap.stores.output_place import require_place
 
 type Compensation = Literal["none", "qwt", "cwac"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation.__value__)
@@ -127,7 +129,7 @@ def quantize(
         ColdtapError: one of its kinds (`coldtap.stores.errors`), always with what to do.
     """
     told = reporter or Silence()
-    _check(compensate, ranges, target, ridge, sites)
+    _check(compensate, ranges, target, ridge, sites, seed)
     by_layer, path = SchemeByLayer.parse(scheme, overrides), Path(out)
     _require_place(path)
     backbone = load_backbone(
@@ -143,8 +145,8 @@ def quantize(
         told.note(f"{calibrating.n_unusable} calibration images cannot be read and were passed over")
     told.note(f"calibrating on {calibrating.n_images} images")
     models = quantise(backbone, calibrating.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
-    for name, why in models.anatomy.left_float.items():
-        told.note(f"left in float: {name} ({why})")
+    for line in left_float_lines(models.anatomy.left_float):
+        told.note(line)
     # On the simulation that the layers begin with: a kernel that is chosen by its speed would give other last bits, and
     # at four bits another fit, from one run to the next.
     with exact_float32():
@@ -181,7 +183,9 @@ def quantize(
     )
 
 
-def _check(compensate: str, ranges: str, target: str, ridge: float | None, sites: Sequence[str] | None) -> None:
+def _check(
+    compensate: str, ranges: str, target: str, ridge: float | None, sites: Sequence[str] | None, seed: int
+) -> None:
     for option, value, known in (
         ("--compensate", compensate, COMPENSATIONS),
         ("--ranges", ranges, RANGE_METHODS),
@@ -193,6 +197,8 @@ def _check(compensate: str, ranges: str, target: str, ridge: float | None, sites
         raise OptionError(f"--ridge {ridge}: give a finite number, 0 or more")
     if sites is not None and compensate != "cwac":
         raise OptionError(f"--site is of --compensate cwac; {compensate} was asked for")
+    if seed < 0:
+        raise OptionError(f"--seed {seed}: give 0 or more")
 
 
 def _require_place(path: Path) -> None:
@@ -200,11 +206,9 @@ def _require_place(path: Path) -> None:
 
     Raises:
         OptionError: there is a folder, another file, or a file where a folder would have to be.
+        MachineError: a name is too long, or the place may not be looked at.
     """
-    if path.is_dir():
-        raise OptionError(f"--out {path} is a folder: give the path of a file, such as {path / 'backbone.safetensors'}")
-    if blocked := next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None):
-        raise OptionError(f"--out {path}: {blocked} is a file, and no folder can be there")
+    require_place(path, "backbone.safetensors")
     if path.exists():
         try:
             read_artefact(path)

@@ -24,7 +24,7 @@ from coldtap.pipeline.quantisation.sites import Pair, Target, UnitAtWork, units_
 
 # 0 is the official form; the best of them on images held out is taken, block by block.
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-CHANNELS_A_GROUP = 64  # of a convolution's input
+CHANNELS_A_GROUP = 64  # of a map's, or more where the channels do not divide so
 
 
 def compensate_blocks(
@@ -35,6 +35,9 @@ def compensate_blocks(
     advance: Callable[[int], None] = lambda n_units: None,
 ) -> list[SiteFit]:
     """Fit QwT, block by block; a block that it would not help on images held out gets none.
+
+    The map of a residual block is a grouped 1 × 1 convolution: the largest number of groups that is no more than
+    in // 64, at least 1, and divides both the block's channels in and those out.
 
     Args:
         models: the quantised one is changed.
@@ -89,12 +92,18 @@ def _moments(work: UnitAtWork) -> tuple[list[list[LinearMoments]], int, float]:
         missing = _rows(pair.wanted - pair.got)
         wanted = _rows(pair.wanted).double()
         signal += float((wanted - wanted.mean(0)).square().sum())
-        n_groups = 1 if pair.input.ndim == 3 else max(pair.input.shape[1] // CHANNELS_A_GROUP, 1)
+        n_groups = 1 if pair.input.ndim == 3 else _groups(x.shape[1], missing.shape[1])
         folds = folds or [[None] * N_FOLDS for _ in range(n_groups)]
         for group, of_x, of_r in zip(folds, x.chunk(n_groups, 1), missing.chunk(n_groups, 1), strict=True):
             found, before = LinearMoments.of(of_x, of_r), group[pair.fold]
             group[pair.fold] = found if before is None else before + found
     return [[fold for fold in group if fold is not None] for group in folds], stride, signal
+
+
+def _groups(n_in: int, n_out: int) -> int:
+    """The most groups of at least 64 input channels, or one, that divide both a block's inputs and its outputs."""
+    most = max(n_in // CHANNELS_A_GROUP, 1)
+    return max(n for n in range(1, most + 1) if n_in % n == n_out % n == 0)
 
 
 def _input_rows(pair: Pair) -> tuple[Tensor, int]:

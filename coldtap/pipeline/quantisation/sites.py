@@ -60,7 +60,7 @@ class UnitAtWork:
 def units_at_work(
     models: QuantisedModel, target: Target, advance: Callable[[int], None] = lambda n_units: None
 ) -> Iterator[UnitAtWork]:
-    """Each unit in turn.
+    """Each unit in turn; what one gives is of no use once the next is asked for.
 
     Args:
         models: the quantised one is compensated by the caller as units come.
@@ -73,9 +73,11 @@ def units_at_work(
         exact = quantised if target == "local" else list(models.images)
         for unit in models.anatomy.units:
             yield UnitAtWork(unit, models, quantised, exact)
-            advanced = [unit.run(models.model, x) for x in quantised]
-            exact = advanced if target == "local" else [unit.run(models.float_model, x) for x in exact]
-            quantised = advanced
+            # In place: activations of all calibration images are the memory that compensation takes.
+            for i, x in enumerate(quantised):
+                if target == "true":
+                    exact[i] = unit.run(models.float_model, exact[i])
+                quantised[i] = unit.run(models.model, x)
             advance(1)
 
 
