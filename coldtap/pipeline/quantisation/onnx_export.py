@@ -33,9 +33,11 @@ from coldtap.stores.output_place import require_place
 OPSET = 20  # the first that has Gelu
 INPUT = "pixels"
 SCHEME = "w8a8"
-# Share of a tap's largest value. Sums in another order flip codes at ties, and later layers carry it on: on random
-# images and weights 0.015 was seen at ViT-S and 0.004 at ResNet-50, as much as between coldtap's own kernels.
+# Share of a tap's largest value. Sums in another order flip codes at ties, and later layers carry it on: with random
+# weights 0.018 was seen at ViT-B. A network that carries it further does so between coldtap's own kernels too, and is
+# allowed some times what they differ by.
 MAX_DIFFERENCE = 0.05
+MAX_OF_KERNELS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,8 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
     backbone = load_backbone(model, quantised=source, kernel="float", device="cpu")
     traced = PixelsToTaps(build_quantised(read, source, model), backbone.preprocess)
     data = backbone_bytes(traced, backbone, metadata_of(read.about, backbone))
-    agreement = compare_taps(backbone, data)
+    on_integers = load_backbone(model, quantised=source, kernel="int_mm", device="cpu")
+    agreement = compare_taps(backbone, on_integers, data)
     was_there = path.exists()
     if not was_there:
         write_file(path, [data])
@@ -192,8 +195,13 @@ def backbone_bytes(module: PixelsToTaps, backbone: Backbone, metadata: Mapping[s
     return data
 
 
-def compare_taps(backbone: Backbone, data: bytes) -> TapAgreement | None:
+def compare_taps(backbone: Backbone, on_integers: Backbone, data: bytes) -> TapAgreement | None:
     """Run an exported file on random pixels beside the backbone; None where onnxruntime is not installed.
+
+    Args:
+        backbone: on the float kernel.
+        on_integers: the same on another kernel, which shows what flipped codes do to it.
+        data: the file.
 
     Raises:
         ModelError: taps differ by more than codes that a rounding flips can do.
@@ -206,20 +214,26 @@ def compare_taps(backbone: Backbone, data: bytes) -> TapAgreement | None:
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = backbone.taps.names()
-    largest = dict.fromkeys(names, 0.0)
+    largest, allowed = dict.fromkeys(names, 0.0), MAX_DIFFERENCE
     for batch in (1, 3):
         pixels = _random_pixels(backbone, batch)
-        found = session.run(names, {INPUT: pixels.numpy()})
-        for name, tap, expected in zip(names, found, backbone(pixels), strict=True):
-            scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-            largest[name] = max(largest[name], float((torch.from_numpy(tap) - expected).abs().max() / scale))
+        found = [torch.from_numpy(tap) for tap in session.run(names, {INPUT: pixels.numpy()})]
+        for name, tap, own, expected in zip(names, found, on_integers(pixels), backbone(pixels), strict=True):
+            largest[name] = max(largest[name], _difference(tap, expected))
+            allowed = max(allowed, min(MAX_OF_KERNELS * _difference(own, expected), 1.0))
     worst = max(names, key=largest.__getitem__)
-    if not all(share <= MAX_DIFFERENCE for share in largest.values()):
+    if largest[worst] > allowed:
         raise ModelError(
             f"the exported network is not the backbone: its tap {worst} differs by {largest[worst]:.3g} of its largest "
-            "value; nothing was written"
+            f"value, where {allowed:.3g} is allowed; nothing was written"
         )
     return TapAgreement(tap=worst, largest_difference=largest[worst])
+
+
+def _difference(tap: Tensor, expected: Tensor) -> float:
+    """Share of the largest value; infinite where one of them is no number."""
+    scale = expected.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float(((tap - expected).abs().max() / scale).nan_to_num(nan=torch.inf))
 
 
 def _random_pixels(backbone: Backbone, batch: int) -> Tensor:
