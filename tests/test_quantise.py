@@ -350,7 +350,7 @@ def test_whole_models_agree_between_simulation_and_integers(family, scheme):
     simulated = taps_of(models.model, FRESH, backbone)
     run_on(models.model, OneDnnKernel())
     for wanted, got in zip(simulated, taps_of(models.model, FRESH, backbone), strict=True):
-        assert snr_db(wanted, got) > 30
+        assert snr_db(wanted, got) > (30 if "deep-stem" in family else 45 if scheme == "w8a8" else 35)
 
 
 # Calibration images.
