@@ -114,3 +114,8 @@ def taps_of(module: nn.Module, images: Tensor, like: Backbone) -> list[Tensor]:
 def snr_db(wanted: Tensor, got: Tensor) -> float:
     """As `diagnose` has it: what differs between channels alone is no signal."""
     return level_db(ChannelMoments.of(rows_of(got), rows_of(wanted)))
+
+
+def closeness_db(wanted: Tensor, got: Tensor) -> float:
+    """With all that is wanted as signal: late maps of a random network differ between channels, hardly within them."""
+    return float(10 * torch.log10(wanted.var(unbiased=False) / (wanted - got).square().mean()))
