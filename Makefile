@@ -19,7 +19,7 @@ help: ## Print this list
 setup: $(STAMP) ## Install coldtap and its tools in .venv (the other targets do this themselves)
 
 demo: $(STAMP) ## Digits to trained adaptors in a few minutes, with one table and one picture
-	@$(PY) -m coldtap.cli.demo $(ARGS)
+	@$(PY) -m examples.demo $(ARGS)
 
 test: $(STAMP) ## Run the tests
 	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)

@@ -35,16 +35,16 @@ from benchmarks.features import real_images
 from benchmarks.lora import BATCH_SIZE, Descent, build_lora
 from benchmarks.machine import describe_machine, machine_line, own_process, peak_bytes, resident_bytes
 from benchmarks.pictures import N_CLASSES, Pictures
-from coldtap.adaptors.batches import FeatureBatches
-from coldtap.adaptors.devices import choose_device, seeded
-from coldtap.adaptors.epoch_order import batch_cuts, epoch_draw
+from coldtap.adaptors.data.batches import FeatureBatches
+from coldtap.adaptors.data.devices import choose_device, seeded
+from coldtap.adaptors.data.epoch_order import batch_cuts, epoch_draw
 from coldtap.adaptors.networks.contract import FeatureSpec, copy_final_norm
 from coldtap.adaptors.networks.kinds import adaptor_kind
-from coldtap.pipeline.backbone import Backbone, load_backbone
-from coldtap.pipeline.decode import decode_rgb
-from coldtap.pipeline.gather import gather
+from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
+from coldtap.pipeline.extract.gather import gather
+from coldtap.pipeline.images.decode import decode_rgb
 from coldtap.stores import open_store
-from coldtap.stores.arrays import ArraySpec
+from coldtap.stores.format.arrays import ArraySpec
 
 type Records = list[dict[str, Any]]
 type Way = Literal["backbone", "disk", "memory"]

@@ -199,7 +199,7 @@ def _speed(wall: float, cpu: float, n_images: int, n_bytes: int = 0) -> Speed:
 
 @lru_cache(maxsize=1)
 def _bare_model(case: Case) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    from coldtap.pipeline.backbone import load_backbone
+    from coldtap.pipeline.backbones.backbone import load_backbone
 
     backbone = load_backbone(case.model, random_weights=case.random_weights, preprocess=case.preprocess)
     mean, std = (

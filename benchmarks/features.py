@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.arrays import ArraySpec, Geometry
-from coldtap.stores.recipe import Recipe
-from coldtap.stores.rows import RowPlan
-from coldtap.stores.targets import targets_bytes
-from coldtap.stores.tiers import Numbers, scales_rule
-from coldtap.stores.writer import StoreWriter
+from coldtap.stores.format.arrays import ArraySpec, Geometry
+from coldtap.stores.format.recipe import Recipe
+from coldtap.stores.format.rows import RowPlan
+from coldtap.stores.format.targets import targets_bytes
+from coldtap.stores.format.tiers import Numbers, scales_rule
+from coldtap.stores.writing.writer import StoreWriter
 
 VIT_B = Geometry(grid=(14, 14), prefix_tokens=1, channels=768)
 N_CLASSES = 10
@@ -107,7 +107,7 @@ class VitBFeatures:
     def __init__(self) -> None:
         import torch
 
-        from coldtap.pipeline.backbone import load_backbone
+        from coldtap.pipeline.backbones.backbone import load_backbone
 
         backbone = load_backbone("vit_base_patch16_224", random_weights=True)
         generator = torch.Generator().manual_seed(0)

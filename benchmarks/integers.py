@@ -153,7 +153,7 @@ def integers_tables(records: Iterable[dict[str, Any]]) -> Group:
 
 def make_files(case: Case, folder: Path) -> None:
     """The artefact and its ONNX export."""
-    from coldtap.pipeline.quantisation.onnx_export import export_backbone
+    from coldtap.pipeline.quantisation.onnx.export import export_backbone
     from coldtap.pipeline.quantisation.quantize import quantize
 
     images = decoded_images(max(case.side, 32), case.side)
@@ -171,7 +171,7 @@ def make_files(case: Case, folder: Path) -> None:
 
 @cache
 def _backbone(case: Case, name: str, folder: Path) -> Any:
-    from coldtap.pipeline.backbone import load_backbone
+    from coldtap.pipeline.backbones.backbone import load_backbone
 
     if name == INTEGER:
         return load_backbone(quantised=folder / "q.safetensors")
@@ -256,7 +256,7 @@ def whole_speed(case: Case, name: str, folder: Path) -> float:
 
 def profile(case: Case, folder: Path) -> dict[str, float]:
     """Share of each group of operators in a forward pass of the quantised backbone, largest first."""
-    from coldtap.pipeline.quantisation.ranges import ActivationRange
+    from coldtap.pipeline.backbones.integer.ranges import ActivationRange
 
     backbone, quantise = _backbone(case, INTEGER, folder), ActivationRange.quantise
 

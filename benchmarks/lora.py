@@ -32,17 +32,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.machine import peak_bytes
-from coldtap.adaptors.devices import choose_device, seeded
-from coldtap.adaptors.epoch_order import batch_cuts, epoch_draw
+from coldtap.adaptors.data.devices import choose_device, seeded
+from coldtap.adaptors.data.epoch_order import batch_cuts, epoch_draw
 from coldtap.adaptors.networks.heads import ClassifierHead, FrozenNorm, Pool
-from coldtap.adaptors.optimizer import learning_rate_at, make_optimizer
-from coldtap.pipeline.backbone import Backbone, exact_float32, load_backbone
-from coldtap.pipeline.decode import decode_rgb
-from coldtap.pipeline.preprocess import Preprocess, normalise
-from coldtap.pipeline.sources import open_source
-from coldtap.stores.durable import write_file
-from coldtap.stores.errors import RunError
-from coldtap.stores.rows import RowPlan
+from coldtap.adaptors.training.optimizer import learning_rate_at, make_optimizer
+from coldtap.errors import RunError
+from coldtap.pipeline.backbones.backbone import Backbone, exact_float32, load_backbone
+from coldtap.pipeline.images.decode import decode_rgb
+from coldtap.pipeline.images.preprocess import Preprocess, normalise
+from coldtap.pipeline.images.sources import open_source
+from coldtap.stores.format.rows import RowPlan
+from coldtap.stores.storage.atomic import write_file
 
 MODEL = "coldtap/vit-reference"
 RANK = 8

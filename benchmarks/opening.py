@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.features import ManyFew, Noise, write_store
 from benchmarks.machine import own_process, peak_bytes, resident_bytes
 from coldtap.stores import Store, StoredArray, open_store
-from coldtap.stores.arrays import Geometry, plan_arrays
+from coldtap.stores.format.arrays import Geometry, plan_arrays
 
 BATCH_SIZE = 64
 GOAL_S = 1.0
@@ -132,7 +132,7 @@ def draw_first_batch(path: Path) -> dict[str, Any]:
 
 def train_first_batch(path: Path) -> dict[str, Any]:
     """`FeatureBatches`, as training draws its first batch."""
-    from coldtap.adaptors.batches import FeatureBatches
+    from coldtap.adaptors.data.batches import FeatureBatches
     from coldtap.adaptors.networks.kinds import adaptor_kind
 
     watch = _Watch()

@@ -19,9 +19,9 @@ import numpy as np
 import zstandard
 
 from coldtap.stores import StoredArray, open_store
-from coldtap.stores.chunks import CRC_BYTES
-from coldtap.stores.manifest import FEATURES
-from coldtap.stores.shard_files import ShardFile
+from coldtap.stores.format.chunks import CRC_BYTES
+from coldtap.stores.format.manifest import FEATURES
+from coldtap.stores.reading.shard_files import ShardFile
 
 BATCH_SIZE = 64
 ANNOUNCED = 5  # batches, as in `adaptors/read_ahead.py`, which imports torch

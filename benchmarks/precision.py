@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldtap.cli.processes import in_processes
 from coldtap.cli.signals import sigterm_interrupts
+from coldtap.workflows.benchmark.processes import in_processes
 
 SETTINGS: dict[str, dict[str, str]] = {"linear": {"pool": "both"}, "mist": {}, "last": {}}
 RATES = {"linear": 4e-3, "mist": 4e-3, "last": 1e-3}

@@ -25,11 +25,11 @@ from benchmarks.quantised_budget import (
     Place,
 )
 from coldtap import cache_features, evaluate_adaptor, fit_compensation, train_adaptor
-from coldtap.pipeline.backbone import Backbone, load_backbone
-from coldtap.pipeline.decode import decode_rgb
-from coldtap.pipeline.preprocess import Preprocess
+from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
+from coldtap.pipeline.backbones.reference import build_reference
+from coldtap.pipeline.images.decode import decode_rgb
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.quantisation.quantize import Compensation, quantize
-from coldtap.pipeline.reference import build_reference
 
 GATHERS = ("sum", "pooled")  # what MIST and the linear probe read
 BATCH = 64

@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from coldtap.errors import RunError
+from coldtap.pipeline.backbones.integer.ranges import RangeMethod
+from coldtap.pipeline.quantisation.ptq.sites import Target
 from coldtap.pipeline.quantisation.quantize import Compensation
-from coldtap.pipeline.quantisation.ranges import RangeMethod
-from coldtap.pipeline.quantisation.sites import Target
-from coldtap.stores.durable import write_file
-from coldtap.stores.errors import RunError
+from coldtap.stores.storage.atomic import write_file
 
 MODEL = "coldtap/vit-reference"
 FLOAT = "float"

@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.machine import describe_machine
 from benchmarks.quantised_budget import FLOAT, METHODS, MODEL, Place
-from coldtap.pipeline.backbone import load_backbone
-from coldtap.pipeline.decode import decode_rgb
+from coldtap.pipeline.backbones.backbone import load_backbone
+from coldtap.pipeline.images.decode import decode_rgb
 
 SCHEME = "w8a8"  # six and four bits run in the same kernel
 BATCH = 64

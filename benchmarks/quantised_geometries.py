@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quantised_budget import METHODS, RANGES, REPARAMETERISED, SITES, TARGET, Budget, Place
-from coldtap.pipeline.backbone import exact_float32, load_backbone
-from coldtap.pipeline.preprocess import normalise
-from coldtap.pipeline.quantisation.calibration_images import N_FOLDS, read_calibration_images
-from coldtap.pipeline.quantisation.cwac import compensate_channels, rows_of
-from coldtap.pipeline.quantisation.diagnostics import level_db
-from coldtap.pipeline.quantisation.kernel_choice import choose_kernel
-from coldtap.pipeline.quantisation.layers import quantised_layers
-from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
-from coldtap.pipeline.quantisation.qwt import compensate_blocks
-from coldtap.pipeline.quantisation.scheme import SchemeByLayer
-from coldtap.pipeline.taps import read_taps_of
-from coldtap.stores.channel_affine import ChannelMoments
+from coldtap.pipeline.backbones.backbone import exact_float32, load_backbone
+from coldtap.pipeline.backbones.integer.kernel_choice import choose_kernel
+from coldtap.pipeline.backbones.integer.layers import quantised_layers
+from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
+from coldtap.pipeline.backbones.taps import read_taps_of
+from coldtap.pipeline.images.preprocess import normalise
+from coldtap.pipeline.quantisation.compensation.cwac import compensate_channels, rows_of
+from coldtap.pipeline.quantisation.compensation.qwt import compensate_blocks
+from coldtap.pipeline.quantisation.compensation.site_table import level_db
+from coldtap.pipeline.quantisation.ptq.calibration_images import N_FOLDS, read_calibration_images
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise
+from coldtap.stores.compensation.channel_affine import ChannelMoments
 
 N_HELD_OUT = 16
 LARGEST_BATCH = 8

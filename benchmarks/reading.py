@@ -247,7 +247,7 @@ def _cache(path: Path, n_samples: int, gather: str) -> None:
 
 
 def make_vit_b(path: Path, n_samples: int) -> None:
-    from coldtap.stores.arrays import plan_arrays
+    from coldtap.stores.format.arrays import plan_arrays
 
     taps = range(1, 13)
     (spec,) = plan_arrays(dict.fromkeys(taps, VIT_B), {"layers": taps}, "float32")
@@ -256,7 +256,7 @@ def make_vit_b(path: Path, n_samples: int) -> None:
 
 def convert_all(folder: Path) -> None:
     """The float32 store in each tier and layout, and as raw files; the float32 store goes."""
-    from coldtap.stores.convert import convert_store
+    from coldtap.stores.convert.convert import convert_store
 
     for name, (tier, layout) in TIERS.items():
         convert_store(folder / "float32", folder / name, tier=tier, layout=layout)
@@ -371,9 +371,9 @@ def _mist(path: Path, resident: bool, rounds: int) -> Callable[[int], float]:
     """An epoch of MIST's training, by its number."""
     import torch
 
-    from coldtap.adaptors.batches import FeatureBatches
-    from coldtap.adaptors.learner import SideBySide
-    from coldtap.adaptors.planned import TrainingOptions, plan_trial
+    from coldtap.adaptors.data.batches import FeatureBatches
+    from coldtap.adaptors.training.learner import SideBySide
+    from coldtap.adaptors.training.plan import TrainingOptions, plan_trial
 
     store, device = open_store(path), torch.device("cpu")
     plan = plan_trial(store, "mist", TrainingOptions(batch_size=MIST_BATCH), {}, name="mist", folder=path)

@@ -16,16 +16,16 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from coldtap.adaptors.planned import TrainingOptions
 from coldtap.adaptors.results import Cell, ResultTable, Row, table_text
-from coldtap.cli.benchmark_cell import Rules
-from coldtap.cli.benchmark_run import Benchmark, run_benchmark
-from coldtap.cli.contenders import make_contenders
+from coldtap.adaptors.training.plan import TrainingOptions
 from coldtap.cli.main import guarded
-from coldtap.cli.processes import in_processes
 from coldtap.cli.signals import sigterm_interrupts
-from coldtap.pipeline.sources.collection import find_datasets
-from coldtap.stores.durable import write_file
+from coldtap.pipeline.images.sources.collection import find_datasets
+from coldtap.stores.storage.atomic import write_file
+from coldtap.workflows.benchmark.cell import Rules
+from coldtap.workflows.benchmark.contenders import make_contenders
+from coldtap.workflows.benchmark.processes import in_processes
+from coldtap.workflows.benchmark.run import Benchmark, run_benchmark
 
 MODEL = "coldtap/vit-reference"
 # Options other than an adaptor's defaults, chosen on the val splits of grocery, omniglot-alphabets and sign-digits.

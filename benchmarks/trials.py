@@ -95,7 +95,7 @@ def reading_seconds(store: Path, adaptor: str) -> float:
 
 def measure_trials(*, quick: bool = False) -> list[dict[str, Any]]:
     from coldtap import cache_features
-    from coldtap.cli.demo_digits import write_digits
+    from examples.demo.digits import write_digits
 
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"

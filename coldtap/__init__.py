@@ -8,28 +8,29 @@ The names are loaded when first used: reading a store needs no torch, training n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from coldtap.adaptors.evaluating import evaluate_adaptor as evaluate_adaptor
-    from coldtap.adaptors.training import train_adaptor as train_adaptor
-    from coldtap.pipeline.job import cache_features as cache_features
-    from coldtap.pipeline.quantisation.diagnose import diagnose as diagnose
-    from coldtap.pipeline.quantisation.onnx_export import export_backbone as export_backbone
-    from coldtap.pipeline.quantisation.quantize import quantize as quantize
-    from coldtap.stores.adding_targets import add_targets as add_targets
-    from coldtap.stores.fitting_compensation import fit_compensation as fit_compensation
-    from coldtap.stores.store import open_store as open_store
+from coldtap.version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from coldtap.adaptors.training.evaluate import evaluate_adaptor as evaluate_adaptor
+    from coldtap.adaptors.training.train import train_adaptor as train_adaptor
+    from coldtap.pipeline.job import cache_features as cache_features
+    from coldtap.pipeline.quantisation.diagnosis.diagnose import diagnose as diagnose
+    from coldtap.pipeline.quantisation.onnx.export import export_backbone as export_backbone
+    from coldtap.pipeline.quantisation.quantize import quantize as quantize
+    from coldtap.stores.compensation.fit import fit_compensation as fit_compensation
+    from coldtap.stores.editing.add_targets import add_targets as add_targets
+    from coldtap.stores.reading.store import open_store as open_store
+
 _PUBLIC = {
-    "add_targets": "coldtap.stores.adding_targets",
+    "add_targets": "coldtap.stores.editing.add_targets",
     "cache_features": "coldtap.pipeline.job",
-    "diagnose": "coldtap.pipeline.quantisation.diagnose",
-    "evaluate_adaptor": "coldtap.adaptors.evaluating",
-    "export_backbone": "coldtap.pipeline.quantisation.onnx_export",
-    "fit_compensation": "coldtap.stores.fitting_compensation",
-    "open_store": "coldtap.stores.store",
+    "diagnose": "coldtap.pipeline.quantisation.diagnosis.diagnose",
+    "evaluate_adaptor": "coldtap.adaptors.training.evaluate",
+    "export_backbone": "coldtap.pipeline.quantisation.onnx.export",
+    "fit_compensation": "coldtap.stores.compensation.fit",
+    "open_store": "coldtap.stores.reading.store",
     "quantize": "coldtap.pipeline.quantisation.quantize",
-    "train_adaptor": "coldtap.adaptors.training",
+    "train_adaptor": "coldtap.adaptors.training.train",
 }
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "add_targets",

@@ -37,7 +37,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from coldtap.pipeline.reference import LAYOUT, PRETRAINED_CFG
+from coldtap.pipeline.backbones.reference import LAYOUT, PRETRAINED_CFG
 
 MEAN = STD = 0.5  # of images in [0, 1], as PRETRAINED_CFG says
 HOG_BINS, HOG_CELL = 9, 8  # 9 orientations in each of 4 x 4 cells of 8 x 8 pixels

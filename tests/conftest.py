@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.fork_server import ForkServer
+from tests.helpers.fork_server import ForkServer
 
 # The shipped tests of adaptors explain their failures as the suite's own do.
 pytest.register_assert_rewrite("coldtap.adaptors.networks.testing")

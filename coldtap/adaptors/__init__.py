@@ -1,19 +1,19 @@
 """Small trainable networks that read stored tensors only: LAST, MIST, probes and their rivals. Imports no timm."""
 
-from coldtap.adaptors.batches import Batch, FeatureBatches
-from coldtap.adaptors.evaluating import Evaluation, evaluate_adaptor
-from coldtap.adaptors.grid import expand_grid
-from coldtap.adaptors.loading import load_adaptor
+from coldtap.adaptors.data.batches import Batch, FeatureBatches
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.networks.kinds import ADAPTORS
 from coldtap.adaptors.networks.options import option_defaults
-from coldtap.adaptors.onnx_export import OnnxExport, export_onnx
-from coldtap.adaptors.planned import TrainingOptions
-from coldtap.adaptors.protocol import ProtocolResult, mean_and_deviation, run_protocol
-from coldtap.adaptors.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
-from coldtap.adaptors.shared_pass import Progress
-from coldtap.adaptors.training import RunResult, train_adaptor
-from coldtap.adaptors.trials import TrialResult, Trials, train_trials, trials_table
+from coldtap.adaptors.runs.load import load_adaptor
+from coldtap.adaptors.runs.onnx import OnnxExport, export_onnx
+from coldtap.adaptors.runs.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
+from coldtap.adaptors.training.evaluate import Evaluation, evaluate_adaptor
+from coldtap.adaptors.training.grid import expand_grid
+from coldtap.adaptors.training.loop import Progress
+from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.protocol import ProtocolResult, mean_and_deviation, run_protocol
+from coldtap.adaptors.training.train import RunResult, train_adaptor
+from coldtap.adaptors.training.trials import TrialResult, Trials, train_trials, trials_table
 
 __all__ = [
     "ADAPTORS",

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coldtap.cli.options import Checkpoint, Device, RandomWeights
-from coldtap.cli.signals import sigterm_interrupts
-from coldtap.cli.sizes import show_bytes
 from coldtap.cli.train import parse_grid, parse_pairs
-from coldtap.stores.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
+from coldtap.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
+from coldtap.stores.writing.stopping import sigterm_interrupts
+from coldtap.text import show_bytes
 
 if TYPE_CHECKING:
-    from coldtap.cli.benchmark_run import Benchmark
+    from coldtap.workflows.benchmark.run import Benchmark
 
 
 def benchmark(
@@ -66,12 +66,13 @@ def benchmark(
     The same command goes on after any interruption; OUT keeps its rules, and one that asks for more datasets, adaptors,
     values or seeds adds to it. A cell that fails says why in the table; the exit code is then that of the first error.
     """
-    from coldtap.adaptors.planned import TrainingOptions
     from coldtap.adaptors.results import table_text
-    from coldtap.cli.benchmark_cell import Rules
-    from coldtap.cli.benchmark_run import Benchmark, run_benchmark
-    from coldtap.cli.contenders import make_contenders
-    from coldtap.pipeline.sources.collection import find_datasets
+    from coldtap.adaptors.training.plan import TrainingOptions
+    from coldtap.cli.progress import BenchmarkDisplay
+    from coldtap.pipeline.images.sources.collection import find_datasets
+    from coldtap.workflows.benchmark.cell import Rules
+    from coldtap.workflows.benchmark.contenders import make_contenders
+    from coldtap.workflows.benchmark.run import Benchmark, run_benchmark
 
     training = TrainingOptions(epochs=epochs, batch_size=batch_size, weight_decay=weight_decay)
     asked = Benchmark(
@@ -98,7 +99,7 @@ def benchmark(
         if dry_run:
             _forecast(asked)
             return
-        table, exit_code = run_benchmark(asked, jobs=jobs)
+        table, exit_code = run_benchmark(asked, jobs=jobs, display=BenchmarkDisplay())
     print(f"\n{table_text(table)}\n{out}: table.txt, table.csv and table.html hold it too")
     if exit_code:
         raise typer.Exit(exit_code)
@@ -117,13 +118,14 @@ def _require_room(folder: Path, out: Path, jobs: int) -> None:
 
 def _forecast(asked: "Benchmark") -> None:
     """Prints what each store would take."""
-    from coldtap.cli.benchmark_rules import settled_rules
-    from coldtap.cli.benchmark_run import cache_dataset
+    from coldtap.cli.progress import BenchmarkDisplay
+    from coldtap.workflows.benchmark.rules import settled_rules
+    from coldtap.workflows.benchmark.run import cache_dataset
 
     settled_rules(asked)
     for dataset in asked.datasets:
         try:
-            report = cache_dataset(asked, dataset, dry_run=True)
+            report = cache_dataset(asked, dataset, dry_run=True, display=BenchmarkDisplay())
         except (InterruptedRunError, OptionError, ModelError):
             raise
         except ColdtapError as error:

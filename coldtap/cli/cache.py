@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson, Checkpoint, Device, InputSize, RandomWeights
-from coldtap.cli.signals import sigterm_interrupts
-from coldtap.cli.sizes import show_bytes, show_seconds
+from coldtap.stores.writing.stopping import sigterm_interrupts
+from coldtap.text import show_bytes, show_seconds
 
 TRIPLE = "three numbers with commas, one a channel"
 
@@ -135,7 +135,7 @@ def cache_features(
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
-    from coldtap.stores.errors import OptionError
+    from coldtap.errors import OptionError
 
     if text is None:
         return None

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson
-from coldtap.cli.signals import sigterm_interrupts
+from coldtap.stores.writing.stopping import sigterm_interrupts
 
 DONE = {
     "written": "written",
@@ -32,7 +32,7 @@ def compensate(
 
     No feature is touched. `train-adaptor --compensation` and `coldtap evaluate --compensation` apply them.
     """
-    from coldtap.stores.fitting_compensation import fit_compensation
+    from coldtap.stores.compensation.fit import fit_compensation
 
     with sigterm_interrupts():
         report = fit_compensation(store, float_store, name=name, split=split, max_rows=max_rows)

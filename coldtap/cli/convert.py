@@ -9,8 +9,8 @@ import typer
 
 from coldtap.cli.errors import show_errors, show_share
 from coldtap.cli.options import AsJson
-from coldtap.cli.signals import sigterm_interrupts
-from coldtap.cli.sizes import show_bytes, show_seconds
+from coldtap.stores.writing.stopping import sigterm_interrupts
+from coldtap.text import show_bytes, show_seconds
 
 
 def convert(
@@ -37,7 +37,7 @@ def convert(
     It states the error that this adds. The same command goes on after any interruption.
     """
     from coldtap.cli.progress import JobProgress
-    from coldtap.stores.convert import convert_store
+    from coldtap.stores.convert.convert import convert_store
 
     with sigterm_interrupts(), JobProgress("rows") as progress:
         report = convert_store(

@@ -22,7 +22,7 @@ from coldtap.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from coldtap.pipeline.quantisation.diagnosis import Diagnosis, Spread
+    from coldtap.pipeline.quantisation.diagnosis.result import Diagnosis, Spread
 
 
 def diagnose(
@@ -56,9 +56,9 @@ def diagnose(
     Numbers are signal to noise in dB, on images held out of the fits. No quantised backbone is written.
     """
     from coldtap.cli.progress import UnitProgress
-    from coldtap.cli.signals import sigterm_interrupts
-    from coldtap.pipeline.quantisation.diagnose import FILES
-    from coldtap.pipeline.quantisation.diagnose import diagnose as run
+    from coldtap.pipeline.quantisation.diagnosis.diagnose import FILES
+    from coldtap.pipeline.quantisation.diagnosis.diagnose import diagnose as run
+    from coldtap.stores.writing.stopping import sigterm_interrupts
 
     with sigterm_interrupts(), UnitProgress() as progress:
         diagnosis = run(
@@ -92,7 +92,7 @@ def diagnose(
 
 def _tables(diagnosis: "Diagnosis") -> Sequence[str]:
     """Sites, blocks and taps."""
-    from coldtap.pipeline.quantisation.diagnostics import aligned
+    from coldtap.pipeline.quantisation.compensation.site_table import aligned
 
     sites = [
         (
@@ -117,7 +117,7 @@ def _tables(diagnosis: "Diagnosis") -> Sequence[str]:
 
 
 def _db(spread: "Spread") -> str:
-    from coldtap.pipeline.quantisation.diagnostics import show_db
+    from coldtap.pipeline.quantisation.compensation.site_table import show_db
 
     mean = show_db(spread.mean)
     return mean if len(spread.values) == 1 else f"{mean} ({show_db(spread.lowest)} … {show_db(spread.highest)})"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson
-from coldtap.cli.sizes import show_bytes
+from coldtap.text import show_bytes
 
 FORMATS = ("onnx",)
 
@@ -25,8 +25,8 @@ def export(
     never int8 codes or scaled float16, taps in the order that the file's metadata names. Its output `logits` is
     (batch, class), or (batch, patch, class) with pool=tokens.
     """
-    from coldtap.adaptors.onnx_export import export_onnx
-    from coldtap.stores.errors import OptionError
+    from coldtap.adaptors.runs.onnx import export_onnx
+    from coldtap.errors import OptionError
 
     if to not in FORMATS:
         raise OptionError(f"--format {to}: choose one of {', '.join(FORMATS)}")
@@ -39,7 +39,7 @@ def export(
 
 
 def _as_dict(report: Any, run: Path) -> dict[str, Any]:
-    from coldtap.adaptors.onnx_export import OPSET
+    from coldtap.adaptors.runs.onnx import OPSET
 
     agreement = report.agreement
     return {
@@ -56,7 +56,7 @@ def _as_dict(report: Any, run: Path) -> dict[str, Any]:
 
 
 def _lines(report: Any) -> list[str]:
-    from coldtap.adaptors.onnx_export import OPSET
+    from coldtap.adaptors.runs.onnx import OPSET
 
     info, agreement = report.info, report.agreement
     there = "is there already; nothing to do" if report.was_there else "written"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson
-from coldtap.cli.sizes import show_bytes
+from coldtap.text import show_bytes
 
 FORMATS = ("onnx",)
 
@@ -26,8 +26,8 @@ def export_backbone(
     outputs are the taps by name (z0 … zN, or stage0 …), float32 (batch, token, channel). Quantised layers are
     QuantizeLinear and DequantizeLinear around a MatMul or a Conv, with compensation folded in.
     """
-    from coldtap.pipeline.quantisation.onnx_export import export_backbone as run
-    from coldtap.stores.errors import OptionError
+    from coldtap.errors import OptionError
+    from coldtap.pipeline.quantisation.onnx.export import export_backbone as run
 
     if to not in FORMATS:
         raise OptionError(f"--format {to}: choose one of {', '.join(FORMATS)}")
@@ -40,7 +40,7 @@ def export_backbone(
 
 
 def _as_dict(report: Any, artefact: Path) -> dict[str, Any]:
-    from coldtap.pipeline.quantisation.onnx_export import OPSET
+    from coldtap.pipeline.quantisation.onnx.export import OPSET
 
     agreement = report.agreement
     return {
@@ -60,7 +60,7 @@ def _as_dict(report: Any, artefact: Path) -> dict[str, Any]:
 
 
 def _lines(report: Any) -> list[str]:
-    from coldtap.pipeline.quantisation.onnx_export import OPSET
+    from coldtap.pipeline.quantisation.onnx.export import OPSET
 
     about, agreement = report.about, report.agreement
     there = "is there already; nothing to do" if report.was_there else "written"

@@ -10,8 +10,8 @@ import typer
 from coldtap.cli.compensate import gain_lines
 from coldtap.cli.errors import show_errors, show_share
 from coldtap.cli.options import AsJson
-from coldtap.cli.sizes import show_bytes
-from coldtap.stores.codes import describe_bound
+from coldtap.stores.format.codes import describe_bound
+from coldtap.text import show_bytes
 
 
 def inspect(
@@ -19,7 +19,7 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Show what a store is: recipe, arrays, sizes, splits, labels, ranges, complete or not."""
-    from coldtap.stores.describe import describe_store
+    from coldtap.stores.reading.describe import describe_store
 
     about = describe_store(store)
     if as_json:

@@ -24,10 +24,10 @@ from coldtap.cli.inspect import inspect
 from coldtap.cli.predict import predict
 from coldtap.cli.quantize import quantize
 from coldtap.cli.report import report
-from coldtap.cli.signals import STOPPED
 from coldtap.cli.train import train_adaptor
 from coldtap.cli.verify import verify
-from coldtap.stores.errors import ColdtapError, MachineError
+from coldtap.errors import ColdtapError, MachineError
+from coldtap.stores.writing.stopping import STOPPED
 
 HELP = "Run a frozen vision backbone once, keep its features, train small adaptors from them alone."
 
@@ -88,7 +88,7 @@ app.command("verify")(guarded(verify))
 
 def _print_version(asked: bool) -> None:
     if asked:
-        from coldtap import __version__
+        from coldtap.version import __version__
 
         print(__version__)
         raise typer.Exit

@@ -38,9 +38,9 @@ def predict(
 
     A backbone whose extractor is not the one that the adaptor was trained on is refused.
     """
-    from coldtap.cli.predictor import Predictor
-    from coldtap.pipeline.sources import open_source
-    from coldtap.stores.errors import OptionError
+    from coldtap.errors import OptionError
+    from coldtap.pipeline.images.sources import open_source
+    from coldtap.workflows.predict import Predictor
 
     if batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
@@ -76,7 +76,7 @@ def predict(
 @contextmanager
 def _writer(out: Path | None) -> Iterator[Callable[[list[Any]], Any]]:
     """Writes CSV lines to a file, or to standard output."""
-    from coldtap.stores.errors import MachineError
+    from coldtap.errors import MachineError
 
     try:
         place = nullcontext(sys.stdout) if out is None else out.open("w", newline="", encoding="utf-8")

@@ -10,8 +10,9 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from coldtap.cli.sizes import show_bytes, show_seconds
-from coldtap.stores.forecast import Forecast
+from coldtap.cli.epoch_lines import EpochLines
+from coldtap.stores.writing.forecast import Forecast
+from coldtap.text import show_bytes, show_seconds
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -102,3 +103,15 @@ class UnitProgress(WorkProgress):
     def begin(self, n_units: int) -> None:
         """Start the bar."""
         self.start(n_units, lambda done, rate: f"{done}/{n_units} parts of the backbone", last_line=False)
+
+
+class BenchmarkDisplay:
+    """The parts of a benchmark, as the commands of their own show them."""
+
+    def caching(self) -> JobProgress:
+        """Show the extraction of one dataset."""
+        return JobProgress()
+
+    def training(self) -> EpochLines:
+        """Show the epochs of cell after cell."""
+        return EpochLines()

@@ -20,7 +20,7 @@ from coldtap.cli.options import (
     Scheme,
     Target,
 )
-from coldtap.cli.sizes import show_bytes
+from coldtap.text import show_bytes
 
 
 def quantize(
@@ -63,8 +63,8 @@ def quantize(
 ) -> None:
     """Quantise a backbone, compensate it, and write it as one file for `cache-features --quantized`."""
     from coldtap.cli.progress import UnitProgress
-    from coldtap.cli.signals import sigterm_interrupts
     from coldtap.pipeline.quantisation.quantize import quantize as run
+    from coldtap.stores.writing.stopping import sigterm_interrupts
 
     with sigterm_interrupts(), UnitProgress() as progress:
         report = run(
@@ -100,6 +100,6 @@ def quantize(
 
 def _table(fits: Any) -> str:
     """What the compensation does, a line a site."""
-    from coldtap.pipeline.quantisation.diagnostics import site_table
+    from coldtap.pipeline.quantisation.compensation.site_table import site_table
 
     return site_table(fits)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from coldtap.cli.sizes import show_bytes
-from coldtap.stores.errors import ColdtapError, OptionError
+from coldtap.errors import ColdtapError, OptionError
+from coldtap.text import show_bytes
 
 if TYPE_CHECKING:
     from coldtap.adaptors.report import StoreReport, Thumbnails
-    from coldtap.pipeline.sources import Source
+    from coldtap.pipeline.images.sources import Source
 
 SIDE = 96  # pixels of a thumbnail's longer side
 QUALITY = 80
@@ -28,7 +28,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page on finished runs: curves, classes, mistakes, costs, how to run them again."""
     from coldtap.adaptors.report import Thumbnails, read_report, render_page
-    from coldtap.stores.durable import write_file
+    from coldtap.stores.storage.atomic import write_file
 
     if out.suffix.lower() not in (".html", ".htm"):
         raise OptionError(f"--out {out}: the page is HTML: choose a name such as {out.with_suffix('.html')}")
@@ -46,7 +46,7 @@ def report(
 def _thumbnails(store: "StoreReport", source: Path | None) -> "Thumbnails":
     """Images of the samples that the page wants, as far as they are still what was cached."""
     from coldtap.adaptors.report import Thumbnails, wanted_images
-    from coldtap.pipeline.sources import open_source
+    from coldtap.pipeline.images.sources import open_source
     from coldtap.stores import open_store
 
     wanted = wanted_images(store)
@@ -70,7 +70,7 @@ def _shown(images: "Source", samples: Any, wanted: Sequence[str]) -> Iterator[tu
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from coldtap.pipeline.decode import BadImageError, content_digest
+    from coldtap.pipeline.images.decode import BadImageError, content_digest
 
     places = {sample: index for index, sample in enumerate(images.listing.ids)}
     lines = samples.filter(pc.is_in(samples["sample_id"], pa.array(wanted, pa.string())))
@@ -87,7 +87,7 @@ def _shown(images: "Source", samples: Any, wanted: Sequence[str]) -> Iterator[tu
 
 
 def _thumbnail(raw: Any) -> bytes:
-    from coldtap.pipeline.decode import decode_rgb
+    from coldtap.pipeline.images.decode import decode_rgb
 
     image = decode_rgb(raw)
     image.thumbnail((SIDE, SIDE))

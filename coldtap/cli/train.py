@@ -8,7 +8,7 @@ import typer
 
 from coldtap.cli.epoch_lines import EpochLines
 from coldtap.cli.options import AsJson, Device
-from coldtap.cli.signals import sigterm_interrupts
+from coldtap.stores.writing.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
     from coldtap.adaptors import ProtocolResult, RunResult, Trials
@@ -189,7 +189,7 @@ def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
     Raises:
         OptionError: One is not such a pair.
     """
-    from coldtap.stores.errors import OptionError
+    from coldtap.errors import OptionError
 
     parsed: dict[str, str] = {}
     for pair in pairs:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson
-from coldtap.cli.sizes import show_bytes
+from coldtap.text import show_bytes
 
 
 def verify(
@@ -20,7 +20,7 @@ def verify(
     """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
     from coldtap.cli.progress import WorkProgress
     from coldtap.stores import open_store
-    from coldtap.stores.verify import source_problems, verify_store
+    from coldtap.stores.verify.verify import source_problems, verify_store
 
     with WorkProgress() as progress:
 
@@ -51,8 +51,8 @@ def _progress(done: int, total: int, rate: float) -> str:
 
 
 def _digests_of(source: Path, store: Any) -> Any:
-    from coldtap.pipeline.decode import BadImageError, content_digest
-    from coldtap.pipeline.sources import open_source
+    from coldtap.pipeline.images.decode import BadImageError, content_digest
+    from coldtap.pipeline.images.sources import open_source
 
     images = open_source(source, labels="optional", seed=store.recipe.rows["seed"])
     places = {sample: index for index, sample in enumerate(images.listing.ids)}

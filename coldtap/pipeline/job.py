@@ -11,37 +11,37 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from coldtap.pipeline.assignment import Assignment
-from coldtap.pipeline.backbone import Backbone, Precision
-from coldtap.pipeline.batch_size import choose_batch_size
-from coldtap.pipeline.calibrate import Calibration, calibrate
-from coldtap.pipeline.decode_ahead import Decoder
-from coldtap.pipeline.description import JobDescription
-from coldtap.pipeline.environment import describe_environment, require_same_environment
-from coldtap.pipeline.extract import Extraction
-from coldtap.pipeline.plan import JobPlan
-from coldtap.pipeline.preprocess import Augmentation, Preprocess
-from coldtap.pipeline.rejections import Rejections
-from coldtap.pipeline.relabel import relabel
-from coldtap.pipeline.report import CacheReport
-from coldtap.pipeline.run_blocks import run_blocks
-from coldtap.pipeline.same_threads import batch_sizes, threads_with_the_same_features
-from coldtap.pipeline.sources import Listing, Source
-from coldtap.pipeline.sources.parquet import ParquetSource
-from coldtap.stores.arrays import Layout, Tier
-from coldtap.stores.codes import ErrorBound
-from coldtap.stores.durable import machine_errors
-from coldtap.stores.errors import InterruptedRunError, OptionError, StoreLockedError
-from coldtap.stores.forecast import Forecast, forecast, require_space
-from coldtap.stores.journal import JournalLine, read_line
-from coldtap.stores.lock import StoreLock
-from coldtap.stores.recipe import Recipe
-from coldtap.stores.recipe_file import read_recipe, require_extraction, require_same_recipe
-from coldtap.stores.reporting import Reporter, Silence
-from coldtap.stores.stopping import StopRequest, stop_on_signals
-from coldtap.stores.store import open_store
-from coldtap.stores.stored_numbers import stored_numbers
-from coldtap.stores.writer import StoreWriter, is_complete
+from coldtap.errors import InterruptedRunError, OptionError, StoreLockedError
+from coldtap.pipeline.backbones.backbone import Backbone, Precision
+from coldtap.pipeline.backbones.batch_size import choose_batch_size
+from coldtap.pipeline.cache_report import CacheReport
+from coldtap.pipeline.extract.block import Extraction
+from coldtap.pipeline.extract.calibrate import Calibration, calibrate
+from coldtap.pipeline.images.decode_ahead import Decoder
+from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.images.sources import Listing, Source
+from coldtap.pipeline.images.sources.parquet import ParquetSource
+from coldtap.pipeline.plan.options import JobDescription
+from coldtap.pipeline.plan.plan import JobPlan
+from coldtap.pipeline.plan.relabel import relabel
+from coldtap.pipeline.run.assignment import Assignment
+from coldtap.pipeline.run.environment import describe_environment, require_same_environment
+from coldtap.pipeline.run.in_process import run_blocks
+from coldtap.pipeline.run.rejections import Rejections
+from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
+from coldtap.stores.format.arrays import Layout, Tier
+from coldtap.stores.format.codes import ErrorBound
+from coldtap.stores.format.journal import JournalLine, read_line
+from coldtap.stores.format.recipe import Recipe
+from coldtap.stores.reading.recipe_file import read_recipe, require_extraction, require_same_recipe
+from coldtap.stores.reading.store import open_store
+from coldtap.stores.reading.stored_numbers import stored_numbers
+from coldtap.stores.storage.atomic import machine_errors
+from coldtap.stores.storage.lock import StoreLock
+from coldtap.stores.writing.forecast import Forecast, forecast, require_space
+from coldtap.stores.writing.reporting import Reporter, Silence
+from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
+from coldtap.stores.writing.writer import StoreWriter, is_complete
 
 
 def cache_features(
@@ -115,7 +115,7 @@ def cache_features(
         reporter: told what happens.
 
     Raises:
-        ColdtapError: one of its kinds (`coldtap.stores.errors`), always with what to do.
+        ColdtapError: one of its kinds (`coldtap.errors`), always with what to do.
     """
     _check_options(batch_size, decode_threads, workers, max_rejected, on_bad_image)
     told = reporter or Silence()
@@ -289,7 +289,7 @@ class _Work:
         self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest
     ) -> Generator[JournalLine]:
         """Do blocks in worker processes, which share the threads that this one would have used."""
-        from coldtap.pipeline.cluster import run_on_workers  # dask and its libraries take a second to import
+        from coldtap.pipeline.run.dask import run_on_workers  # dask and its libraries take a second to import
 
         n_workers = min(self.n_workers, len(todo))
         own = torch.get_num_threads()

@@ -12,8 +12,8 @@ from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, spec_of
 from coldtap.adaptors.networks.heads import ClassifierHead, HeadNorm, build_norm, head_parameters
 from coldtap.adaptors.networks.options import require_at_least
 from coldtap.adaptors.networks.parts import HeadOptions, NormChoice, settle_head, settled_norm
+from coldtap.errors import OptionError
 from coldtap.stores import Store
-from coldtap.stores.errors import OptionError
 
 type Attended = Literal["patches", "all"]
 

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from coldtap.adaptors.networks.contract import FeatureSpec, arrays_of, describe_gathers, refuse_stage_network, spec_of
+from coldtap.errors import MissingFeaturesError, OptionError
 from coldtap.stores import Store, StoredArray
-from coldtap.stores.arrays import Gather
-from coldtap.stores.errors import MissingFeaturesError, OptionError
+from coldtap.stores.format.arrays import Gather
 
 
 def find_tap(store: Store, tap: int, gathers: Sequence[Gather], *, adaptor: str) -> tuple[StoredArray, int]:

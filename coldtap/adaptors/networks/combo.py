@@ -10,8 +10,8 @@ from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec
 from coldtap.adaptors.networks.heads import ClassifierHead, head_parameters
 from coldtap.adaptors.networks.options import require_at_least, require_probability
 from coldtap.adaptors.networks.transformer import TransformerBlock, block_parameters
+from coldtap.errors import OptionError
 from coldtap.stores import Store
-from coldtap.stores.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from coldtap.adaptors.networks.heads import FrozenNorm, NormKind
+from coldtap.errors import MissingFeaturesError
 from coldtap.stores import FinalNorm, Store, StoredArray
-from coldtap.stores.arrays import GATHERS, Gather, Geometry
-from coldtap.stores.errors import MissingFeaturesError
+from coldtap.stores.format.arrays import GATHERS, Gather, Geometry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

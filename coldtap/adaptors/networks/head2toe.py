@@ -17,8 +17,8 @@ from coldtap.adaptors.networks.contract import (
 )
 from coldtap.adaptors.networks.heads import ClassifierHead, head_parameters
 from coldtap.adaptors.networks.options import require_probability
+from coldtap.errors import MissingFeaturesError, OptionError
 from coldtap.stores import Store
-from coldtap.stores.errors import MissingFeaturesError, OptionError
 
 type Scaling = Literal["unit", "standard"]
 

@@ -11,7 +11,7 @@ from coldtap.adaptors.networks.ladder import LADDER
 from coldtap.adaptors.networks.last import LAST
 from coldtap.adaptors.networks.linear import LINEAR
 from coldtap.adaptors.networks.mist import MIST
-from coldtap.stores.errors import OptionError
+from coldtap.errors import OptionError
 
 # Probes first, then the networks that mix tokens.
 ADAPTORS: dict[str, AdaptorKind[Any]] = {

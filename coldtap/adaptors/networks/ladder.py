@@ -11,8 +11,8 @@ from coldtap.adaptors.networks.heads import ClassifierHead
 from coldtap.adaptors.networks.options import require_at_least, require_positive, require_probability
 from coldtap.adaptors.networks.parts import HeadOptions, build_head, count_head, settle_head
 from coldtap.adaptors.networks.transformer import TransformerBlock, block_parameters
+from coldtap.errors import OptionError
 from coldtap.stores import Store
-from coldtap.stores.errors import OptionError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from coldtap.adaptors.networks.contract import (
     FeatureSpec,
 )
 from coldtap.adaptors.networks.heads import ClassifierHead
-from coldtap.adaptors.networks.lsa_groups import can_run_groups, run_groups
+from coldtap.adaptors.networks.lsa.function import can_run_groups, run_groups
 from coldtap.adaptors.networks.options import require_at_least
 from coldtap.adaptors.networks.parts import LsaOptions, build_head, count_head, count_stack, lsa_stack, settle_head
 from coldtap.stores import Store

@@ -11,7 +11,7 @@ from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, spec_of
 from coldtap.adaptors.networks.heads import ClassifierHead
 from coldtap.adaptors.networks.parts import HeadOptions, build_head, count_head, settle_head
 from coldtap.stores import Store
-from coldtap.stores.arrays import Gather
+from coldtap.stores.format.arrays import Gather
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ from coldtap.adaptors.networks.contract import (
     spec_of,
 )
 from coldtap.adaptors.networks.heads import ClassifierHead
-from coldtap.adaptors.networks.lsa_groups import can_run_groups, run_groups
+from coldtap.adaptors.networks.lsa.function import can_run_groups, run_groups
 from coldtap.adaptors.networks.options import require_at_least
 from coldtap.adaptors.networks.parts import LsaOptions, build_head, count_head, count_stack, lsa_stack, settle_head
+from coldtap.errors import MissingFeaturesError
 from coldtap.stores import Store
-from coldtap.stores.errors import MissingFeaturesError
 
 
 @dataclass(frozen=True, kw_only=True)

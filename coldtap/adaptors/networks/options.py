@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAliasType, get_args, get_origin, get_type_hints
 
-from coldtap.stores.errors import OptionError
+from coldtap.errors import OptionError
 
 TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 

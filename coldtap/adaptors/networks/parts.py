@@ -6,11 +6,11 @@ from typing import Literal
 
 from torch import nn
 
-from coldtap.adaptors.networks.attention import Init, LowRankAttention, lsa_parameters
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.networks.heads import ClassifierHead, HeadNorm, NormAt, Pool, head_parameters
+from coldtap.adaptors.networks.lsa.attention import Init, LowRankAttention, lsa_parameters
 from coldtap.adaptors.networks.options import require_at_least, require_positive, require_probability
-from coldtap.stores.errors import OptionError
+from coldtap.errors import OptionError
 
 type NormChoice = Literal["auto", "backbone", "new", "none"]
 

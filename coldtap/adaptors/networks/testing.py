@@ -22,8 +22,8 @@ from torch.func import functional_call, stack_module_state, vmap
 
 from coldtap.adaptors.networks.contract import AdaptorKind, EpochAware, FeatureSpec, Penalised, copy_final_norm
 from coldtap.adaptors.networks.options import parse_options
+from coldtap.errors import MissingFeaturesError
 from coldtap.stores import Store
-from coldtap.stores.errors import MissingFeaturesError
 
 N_CLASSES = 5
 N_SAMPLES = 16  # so many that drop-path of a half leaves some of them

@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from coldtap.adaptors.checkpoint import CHECKPOINT
-from coldtap.adaptors.run_folder import FAILED, RUN
-from coldtap.stores.errors import RunError
+from coldtap.adaptors.runs.run_folder import FAILED, RUN
+from coldtap.adaptors.training.checkpoint import CHECKPOINT
+from coldtap.errors import RunError
 
 
 def find_run_folders(paths: Sequence[Path]) -> list[Path]:

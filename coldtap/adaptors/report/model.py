@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.target_kinds import TargetKind
+from coldtap.stores.format.types import TargetKind
 
 type Counts = np.ndarray[Any, np.dtype[np.int64]]
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.adaptors.report.model import ClassScore, Confusion, Counts, Mistake, Outcome
 from coldtap.adaptors.report.wording import SPACE
-from coldtap.adaptors.tallies import TrialRows
-from coldtap.stores.target_kinds import IGNORED
+from coldtap.stores.format.types import IGNORED
 
 MOST_MISTAKES = 12
 THRESHOLD = 0.5  # a label counts as predicted from this probability on

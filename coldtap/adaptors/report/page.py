@@ -12,7 +12,6 @@ from pathlib import PurePath
 from jinja2 import Environment
 from markupsafe import Markup
 
-from coldtap import __version__
 from coldtap.adaptors.html_page import page_environment
 from coldtap.adaptors.report.costs import COSTS, Cost, Point, choose_split, draw_cost, draw_key
 from coldtap.adaptors.report.curves import draw_losses, draw_scores
@@ -22,6 +21,7 @@ from coldtap.adaptors.report.refits import Refit, refit_of_best, refits_of
 from coldtap.adaptors.report.svg import element
 from coldtap.adaptors.report.tables import SEEDS, best_setting, differing_settings, join_settings, show_scores
 from coldtap.adaptors.report.wording import show_bytes, show_percent, show_seconds
+from coldtap.version import __version__
 
 MOST_SECTIONS = 30  # runs of a store that have a section of their own, best on val first
 MOST_IMAGE_BYTES = 1_500_000  # of the whole page, before base64

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from coldtap.adaptors.predictions import read_predictions
+from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.adaptors.report.finding import find_run_folders, short_names
 from coldtap.adaptors.report.model import EpochPoint, Outcome, Report, RunReport, SplitScore, StoreReport, Unfinished
 from coldtap.adaptors.report.outcome import many_labels, single_label, token_classes
 from coldtap.adaptors.report.rerun import NOT_FLAGS, rerun_command
 from coldtap.adaptors.report.tables import by_setting
-from coldtap.adaptors.run_folder import RUN, EpochRecord, RunInfo, RunSettings, read_epochs, read_failure, read_run
-from coldtap.adaptors.tallies import TrialRows
+from coldtap.adaptors.runs.predictions import read_predictions
+from coldtap.adaptors.runs.run_folder import RUN, EpochRecord, RunInfo, RunSettings, read_epochs, read_failure, read_run
+from coldtap.errors import ColdtapError, RunError
 from coldtap.stores import Store, open_store
-from coldtap.stores.errors import ColdtapError, RunError
-from coldtap.stores.rows import SPLITS
+from coldtap.stores.format.rows import SPLITS
 
 UNDER_WAY = "a checkpoint of what is not finished: run the same command again to go on"
 

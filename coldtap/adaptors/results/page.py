@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from coldtap import __version__
 from coldtap.adaptors.html_page import page_environment
 from coldtap.adaptors.results.table import Cell, ResultTable, Row, Score
+from coldtap.version import __version__
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

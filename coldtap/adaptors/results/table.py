@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from coldtap.adaptors.protocol import mean_and_deviation
 from coldtap.adaptors.results.vtab import GROUPS, in_vtab_order, vtab_name
+from coldtap.adaptors.training.protocol import mean_and_deviation
 
 DEVIATIONS = (
     "Test scores are means ± standard deviations over seeds of start and dropout, with one order of samples for all."

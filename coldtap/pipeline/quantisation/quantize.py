@@ -8,21 +8,21 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import nn
 
-from coldtap.pipeline.backbone import exact_float32, load_backbone
-from coldtap.pipeline.preprocess import Preprocess
-from coldtap.pipeline.quantisation.artefact import About, read_artefact, write_artefact
-from coldtap.pipeline.quantisation.calibration_images import read_calibration_images
-from coldtap.pipeline.quantisation.cwac import SiteFit, compensate_channels
-from coldtap.pipeline.quantisation.diagnostics import left_float_lines
-from coldtap.pipeline.quantisation.families import anatomy_of
-from coldtap.pipeline.quantisation.quantise import QuantisedModel, quantise
-from coldtap.pipeline.quantisation.qwt import RIDGES, compensate_blocks
-from coldtap.pipeline.quantisation.ranges import RANGE_METHODS, RangeMethod
-from coldtap.pipeline.quantisation.scheme import SchemeByLayer
-from coldtap.pipeline.quantisation.sites import TARGETS, Target
-from coldtap.stores.channel_affine import RIDGE
-from coldtap.stores.errors import ModelError, OptionError
-from coldtap.stores.output_place import require_place
+from coldtap.errors import ModelError, OptionError
+from coldtap.pipeline.backbones.backbone import exact_float32, load_backbone
+from coldtap.pipeline.backbones.integer.artefact import About, read_artefact, write_artefact
+from coldtap.pipeline.backbones.integer.families import anatomy_of
+from coldtap.pipeline.backbones.integer.ranges import RANGE_METHODS, RangeMethod
+from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
+from coldtap.pipeline.images.preprocess import Preprocess
+from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels
+from coldtap.pipeline.quantisation.compensation.qwt import RIDGES, compensate_blocks
+from coldtap.pipeline.quantisation.compensation.site_table import left_float_lines
+from coldtap.pipeline.quantisation.ptq.calibration_images import read_calibration_images
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise
+from coldtap.pipeline.quantisation.ptq.sites import TARGETS, Target
+from coldtap.stores.compensation.channel_affine import RIDGE
+from coldtap.stores.storage.output_place import require_place
 
 type Compensation = Literal["none", "qwt", "cwac"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation.__value__)
@@ -126,7 +126,7 @@ def quantize(
         reporter: told what happens.
 
     Raises:
-        ColdtapError: one of its kinds (`coldtap.stores.errors`), always with what to do.
+        ColdtapError: one of its kinds (`coldtap.errors`), always with what to do.
     """
     told = reporter or Silence()
     _check(compensate, ranges, target, ridge, sites, seed)

@@ -1,0 +1,56 @@
+"""Which device trains, its memory, and random numbers that leave no trace in the caller's process."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from coldtap.errors import MachineError, OptionError
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device of a name; `auto` is the first GPU if there is one, else the CPU.
+
+    Raises:
+        OptionError: The name is not `auto`, `cpu`, `cuda` or `cuda:N`.
+        MachineError: The machine has no such GPU.
+    """
+    found = torch.cuda.device_count()
+    kind, _, index = name.partition(":")
+    if name == "auto":
+        return torch.device("cuda:0" if found else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda" or not (index.isdecimal() or name == "cuda"):
+        raise OptionError(f"device={name}: it must be auto, cpu, cuda or cuda:N")
+    if int(index or 0) >= found:
+        raise MachineError(f"device={name}: torch finds {found} GPUs on this machine: use --device cpu or auto")
+    return torch.device("cuda", int(index or 0))
+
+
+def describe_device(device: torch.device) -> str:
+    """Returns `cpu`, or the GPU with its model's name."""
+    return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
+
+
+def free_gpu_bytes(device: torch.device) -> int:
+    """Returns the free memory of a GPU; 0 for the CPU, which has none of its own."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Moves a small tensor from the CPU; to a GPU through pinned memory, so that nothing waits for the GPU's work."""
+    return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
+    """Draws torch's random numbers from (seed, stream) inside the block; restores its generators after it.
+
+    With a stream an epoch, dropout is the same whether or not the run was interrupted before it.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        state = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
+        torch.manual_seed(int(state >> 1))
+        yield

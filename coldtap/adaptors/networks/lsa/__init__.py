@@ -1,0 +1,1 @@
+"""Low-rank attention modules, and their backward pass in little memory."""

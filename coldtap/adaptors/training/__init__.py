@@ -1,0 +1,1 @@
+"""From an adaptor and its options to a trained run."""

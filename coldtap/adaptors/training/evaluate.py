@@ -1,0 +1,162 @@
+"""A finished run on a split of a store: of the one that it was trained on, or of another of the same backbone.
+
+An adaptor learns features as they come out of its compensation, which are near to float ones. So a run's own map goes
+before features of its own extractor alone; those of another arithmetic need that of their own store, or none.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from coldtap.adaptors.data.batches import FeatureBatches
+from coldtap.adaptors.data.compensated import maps_of
+from coldtap.adaptors.data.devices import choose_device
+from coldtap.adaptors.runs.load import LoadedRun, load_run
+from coldtap.adaptors.runs.run_folder import RunInfo, SplitMetrics
+from coldtap.errors import MissingFeaturesError, StoreError
+from coldtap.stores import Store, open_store
+from coldtap.stores.format.compensation import TapMaps
+from coldtap.stores.format.recipe import differing_fields
+from coldtap.stores.format.same_backbone import differences_beyond_arithmetic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """How well a run does on a split of a store.
+
+    `metric` names the deciding score; `compensation` says whose map features went through: `the run's`, the name of
+    one of the store's, or None; `differences` are the fields in which the two extractors differ, as `field: run →
+    store`.
+    """
+
+    run: Path
+    store: Path
+    split: str
+    metric: str
+    metrics: SplitMetrics
+    compensation: str | None
+    differences: tuple[str, ...]
+
+
+def evaluate_adaptor(
+    run: str | Path,
+    store: Store | str | Path,
+    *,
+    split: str = "test",
+    compensation: str | None = None,
+    across_quantisation: bool = False,
+    device: str = "auto",
+    note: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Evaluates a finished run on a split of a store; nothing is written.
+
+    Args:
+        run: The run folder.
+        store: A store or its path, with the targets that the run has learnt.
+        split: Name of the split.
+        compensation: Name of the store's compensation that features go through. Without it, features of the run's own
+            extractor go through the map that the run carries, if it has one.
+        across_quantisation: Whether the store's extractor may differ from the run's in quantisation and precision.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        note: Told where the two extractors differ.
+
+    Raises:
+        RunError: The run cannot be read.
+        StoreError: The store is of another extractor or has other classes, or lacks the features, targets or
+            compensation.
+        SourceError: The store has no samples of the split.
+        OptionError: No such device.
+        MachineError: No such GPU.
+    """
+    loaded = load_run(run)
+    store = store if isinstance(store, Store) else open_store(store)
+    where = Path(run)
+    differences = _differences(where, loaded.info, store, across_quantisation)
+    if differences and note is not None:
+        note(f"{store.path} is of another arithmetic than {run}: {'; '.join(differences)}")
+    _require_features(where, loaded.info, store)
+    maps, whose = _maps(loaded, store, compensation, same_extractor=not differences)
+    batches = FeatureBatches(
+        store,
+        loaded.info.features,
+        split,
+        batch_size=loaded.info.settings.batch_size,
+        target=loaded.info.settings.target,
+        resident=False,
+        device=choose_device(device),
+        maps=maps,
+    )
+    return Evaluation(
+        run=where,
+        store=store.path,
+        split=split,
+        metric=loaded.info.metric,
+        metrics=_metrics(loaded, batches),
+        compensation=whose,
+        differences=tuple(differences),
+    )
+
+
+def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bool) -> list[str]:
+    """The fields of arithmetic in which the two extractors differ.
+
+    Raises:
+        StoreError: They differ in others, or in these without leave.
+    """
+    extractor = store.recipe.extractor
+    if others := differences_beyond_arithmetic(info.extractor, extractor):
+        raise StoreError(
+            f"{store.path} is of another extractor than {run} was trained on: {'; '.join(others)}: give a store of "
+            "the same one"
+        )
+    fields = differing_fields(info.extractor, extractor)
+    if fields and not across_quantisation:
+        raise StoreError(
+            f"{store.path} is of another extractor than {run} was trained on: {'; '.join(fields)}: with "
+            "--across-quantisation the run is evaluated all the same"
+        )
+    return fields
+
+
+def _require_features(run: Path, info: RunInfo, store: Store) -> None:
+    """Refuses a store that lacks what the run reads, or whose targets mean something else."""
+    features, target = info.features, info.settings.target
+    array = store.arrays.get(features.array)
+    if array is None or not {*features.taps} <= {*array.taps}:
+        raise MissingFeaturesError(
+            f"{run} reads {features.array} of taps {list(features.taps)}; {store.path} does not hold them: cache again "
+            f"with --gather {features.gather}"
+        )
+    if (kind := store.target_kind(target)) != info.target_kind:
+        raise StoreError(f"{store.path} has targets {target!r} of kind {kind}; {run} has learnt {info.target_kind}")
+    names, n_classes = store.class_names(target), store.n_classes(target)
+    if names is not None and info.class_names is not None and names != info.class_names:
+        raise StoreError(f"{store.path} has other classes of {target!r} than {run} has learnt, or in another order")
+    if n_classes > info.n_classes:
+        raise StoreError(f"{store.path} has {n_classes} classes of {target!r}; {run} has learnt {info.n_classes}")
+    grid = store.target_grid(target)
+    if grid is not None and tuple(grid) != features.geometry.grid:
+        raise StoreError(f"{store.path} has targets {target!r} on another grid than {run} answers on")
+
+
+def _maps(
+    loaded: LoadedRun, store: Store, compensation: str | None, *, same_extractor: bool
+) -> tuple[TapMaps | None, str | None]:
+    """The map that goes before the adaptor, and whose it is."""
+    if compensation is not None:
+        return maps_of(store, loaded.info.features, compensation), compensation
+    if loaded.maps is not None and same_extractor:
+        return loaded.maps, "the run's"
+    return None, None
+
+
+def _metrics(loaded: LoadedRun, batches: FeatureBatches) -> SplitMetrics:
+    adaptor = loaded.adaptor.to(batches.device)
+    tally = batches.task.tally(n_trials=1, n_classes=loaded.info.n_classes, device=batches.device)
+    for batch in batches.ordered():
+        with torch.inference_mode():
+            tally.add(adaptor(batch.features)[None], batch.targets)
+    (scores,), (loss,) = tally.scores(), tally.losses()
+    return SplitMetrics(score=scores[loaded.info.metric], scores=scores, loss=loss, n_samples=batches.n_samples)

@@ -1,0 +1,1 @@
+"""Frozen models: loaded, tapped, in floats or in integers."""

@@ -1,0 +1,275 @@
+"""A frozen backbone: what it is, what it gives, and by what it is known."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from coldtap.errors import ColdtapError, MachineError, ModelError, OptionError
+from coldtap.pipeline.backbones.final_norm import final_norm
+from coldtap.pipeline.backbones.integer.artefact import Artefact, read_artefact
+from coldtap.pipeline.backbones.integer.kernel_choice import KernelChoice, choose_kernel
+from coldtap.pipeline.backbones.integer.layers import quantised_layers
+from coldtap.pipeline.backbones.integer.load import build_quantised
+from coldtap.pipeline.backbones.integer.run_on import run_on
+from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
+from coldtap.pipeline.backbones.taps import TapReader, geometries_of, read_taps_of
+from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
+from coldtap.pipeline.images.preprocess import Preprocess, normalise
+from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.norm import FinalNorm
+from coldtap.stores.format.recipe import differing_fields
+
+type Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision.__value__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A model in eval mode on its device, with its taps.
+
+    Attributes:
+        architecture: timm's name without a pretrained tag, or the class of a module from Python.
+        module: the model itself.
+        taps: reads (batch, token, channel) tensors out of a forward pass.
+        geometries: the geometry of each tap by index.
+        preprocess: how an image becomes its input.
+        precision: dtype of weights and activations.
+        weights: SHA-256 of the float32 weights.
+        norm: the final norm, as data.
+        quantisation: what the recipe says of a quantised backbone's artefact; None of a float one.
+        kernel: that a quantised backbone runs on, and why.
+    """
+
+    architecture: str
+    module: nn.Module
+    taps: TapReader
+    geometries: Mapping[int, Geometry]
+    preprocess: Preprocess
+    precision: Precision
+    device: torch.device
+    weights: str
+    norm: FinalNorm | None
+    quantisation: Mapping[str, str] | None = None
+    kernel: KernelChoice | None = None
+
+    @property
+    def depth(self) -> int:
+        """N, the index of the last tap."""
+        return len(self.geometries) - 1
+
+    def extractor(self) -> dict[str, Any]:
+        """The extractor part of a recipe: all that decides what a tap's numbers mean."""
+        names = self.taps.names()
+        return {
+            "architecture": self.architecture,
+            "weights": self.weights,
+            "quantisation": self.quantisation and dict(self.quantisation),
+            "precision": self.precision,
+            "preprocess": self.preprocess.to_dict(),
+            "taps": [{"name": names[i], **geometry.to_dict()} for i, geometry in self.geometries.items()],
+        }
+
+    def __call__(self, pixels: Tensor) -> list[Tensor]:
+        """All taps of images.
+
+        Args:
+            pixels: (batch, channel, height, width) uint8, resized and cropped, on any device.
+
+        Returns:
+            (batch, token, channel) a tap, in the backbone's precision, on its device.
+        """
+        with torch.inference_mode(), exact_float32():
+            images = normalise(pixels.to(self.device), self.preprocess, getattr(torch, self.precision))
+            return self.taps(images)
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """Run float32 products in float32: TF32 would keep 10 bits of mantissa."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def load_backbone(
+    model: str | nn.Module | None = None,
+    *,
+    checkpoint: Path | None = None,
+    random_weights: bool = False,
+    precision: Precision = "float32",
+    device: str = "auto",
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
+    taps: Sequence[str] | None = None,
+    prefix_tokens: int = 0,
+    quantised: Path | None = None,
+    kernel: str = "auto",
+) -> Backbone:
+    """Load a backbone for extraction.
+
+    Args:
+        model: a timm name, `coldtap/vit-reference`, or any module. None is the artefact's, or `coldtap/vit-reference`.
+        checkpoint: local weights for a timm name.
+        random_weights: no weights at all, for a timm name.
+        precision: dtype of weights and activations.
+        device: auto, cpu, cuda or cuda:N.
+        preprocess: how images become inputs; a mapping overrides parts of the model's own configuration.
+        taps: names of submodules, for a module from Python that is no timm model.
+        prefix_tokens: tokens before the grid in named taps.
+        quantised: an artefact of `quantize`: it brings weights and preprocessing.
+        kernel: of a quantised backbone: auto, int or float.
+
+    Raises:
+        ModelError: the model, its weights or its taps cannot be used.
+        MachineError: a GPU is asked for where there is none.
+        OptionError: an option has no such value.
+    """
+    if precision not in PRECISIONS:
+        raise OptionError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+    place = resolve_device(device)
+    artefact = None
+    if quantised is not None:
+        _refuse_beside_artefact(checkpoint, random_weights, precision, taps)
+        artefact = read_artefact(quantised)
+        module = build_quantised(artefact, quantised, model)
+        architecture, digest = artefact.about.architecture, artefact.about.backbone
+        how = _artefact_preprocess(artefact, quantised, module, preprocess)
+    else:
+        if kernel != "auto":
+            raise OptionError(f"--kernel {kernel} is of a quantised backbone: give one with --quantized")
+        asked = REFERENCE if model is None else model
+        module = _float_module(asked, checkpoint, random_weights, preprocess)
+        architecture, digest = _architecture(module, asked), weights_digest(module)
+        how = preprocess if isinstance(preprocess, Preprocess) else _timm_preprocess(module, dict(preprocess or {}))
+    # Taken before the module is cast, so that the stored norm is the float32 one.
+    norm = final_norm(module)
+    module = module.requires_grad_(False).to(place, getattr(torch, precision))
+    choice = None
+    if artefact is not None:
+        layers = quantised_layers(module).values()
+        n_convolutions = sum(layer.window is not None for layer in layers)
+        choice = choose_kernel(kernel, place, convolutions=2 * n_convolutions > len(layers))
+        run_on(module, choice.kernel)
+    reader = read_taps_of(module, taps, prefix_tokens)
+    blank = torch.zeros(1, len(how.mean), how.height, how.width, dtype=getattr(torch, precision), device=place)
+    with torch.inference_mode():
+        try:
+            geometries = geometries_of(reader, blank)
+        except ColdtapError:
+            raise
+        except Exception as error:  # whatever a model raises on an input that it was not made for
+            raise ModelError(
+                f"{architecture} cannot give its taps for {how.height} × {how.width} pixels "
+                f"({type(error).__name__}: {error}): choose another --input-size or model"
+            ) from error
+    return Backbone(
+        architecture=architecture,
+        module=module,
+        taps=reader,
+        geometries=geometries,
+        preprocess=how,
+        precision=precision,
+        device=place,
+        weights=digest,
+        norm=norm,
+        quantisation=None if artefact is None else artefact.identity(),
+        kernel=choice,
+    )
+
+
+def _refuse_beside_artefact(
+    checkpoint: Path | None, random_weights: bool, precision: str, taps: Sequence[str] | None
+) -> None:
+    if checkpoint is not None or random_weights:
+        raise OptionError("--quantized brings its weights: leave out --checkpoint and --random-weights")
+    if precision != "float32":
+        raise OptionError(f"--precision {precision}: what a quantised backbone keeps in float is float32")
+    if taps is not None:
+        raise OptionError("a quantised backbone has the taps of its family: leave out tap_names")
+
+
+def _artefact_preprocess(
+    artefact: Artefact, path: Path, module: nn.Module, preprocess: Preprocess | Mapping[str, Any] | None
+) -> Preprocess:
+    """The preprocessing of the calibration; the ranges hold for no other."""
+    how = artefact.preprocess
+    asked = preprocess if isinstance(preprocess, Preprocess) else _override(how, module, preprocess or {})
+    if differ := differing_fields(how.to_dict(), asked.to_dict()):
+        raise OptionError(
+            f"{path} was calibrated with another preprocessing than is asked for (calibrated → asked: "
+            f"{'; '.join(differ)}): leave the options of the preprocessing out, or quantise with them"
+        )
+    return how
+
+
+def _override(how: Preprocess, module: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
+    """A preprocessing with parts replaced, as they may be for a timm model."""
+    parts = how.to_dict()
+    size = (parts.pop("height"), parts.pop("width"))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    return Preprocess.from_timm(module, {"input_size": size, **parts, **given})
+
+
+def _float_module(
+    model: str | nn.Module,
+    checkpoint: Path | None,
+    random_weights: bool,
+    preprocess: Preprocess | Mapping[str, Any] | None,
+) -> nn.Module:
+    if isinstance(model, str):
+        size = (
+            (preprocess.height, preprocess.width)
+            if isinstance(preprocess, Preprocess)
+            else _sides((preprocess or {}).get("input_size"))
+        )
+        return create_timm_model(model, checkpoint=checkpoint, random_weights=random_weights, input_size=size)
+    if checkpoint is not None or random_weights:
+        raise OptionError("a module from Python comes with its weights: leave out checkpoint and random_weights")
+    return copy.deepcopy(model).eval()  # the caller's own keeps its mode, dtype and device
+
+
+def _sides(input_size: Any) -> tuple[int, int] | None:
+    """(height, width) of an input size given as a side, (height, width) or (channel, height, width)."""
+    if input_size is None:
+        return None
+    return (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)[-2:]
+
+
+def _architecture(module: nn.Module, asked: str | nn.Module) -> str:
+    if isinstance(asked, str) and asked.startswith("coldtap/"):
+        return asked
+    configured = (getattr(module, "pretrained_cfg", None) or {}).get("architecture")
+    return str(configured or type(module).__name__)
+
+
+def _timm_preprocess(module: nn.Module, overrides: Mapping[str, Any]) -> Preprocess:
+    if getattr(module, "pretrained_cfg", None) is None and not overrides:
+        raise ModelError(
+            f"{type(module).__name__} carries no preprocessing: give `preprocess=Preprocess(...)` with its input size"
+        )
+    return Preprocess.from_timm(module, overrides)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the first GPU if there is one.
+
+    Raises:
+        MachineError: a GPU that is not there.
+        OptionError: no such kind of device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise OptionError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
+    return torch.device(name)

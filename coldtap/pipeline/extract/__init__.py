@@ -1,0 +1,1 @@
+"""Pixels to the features of one block."""

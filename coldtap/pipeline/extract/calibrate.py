@@ -1,0 +1,79 @@
+"""The calibration prefix: the first rows of a job, run once before it, for scales and for the forecast."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from coldtap.pipeline.backbones.backbone import Backbone
+from coldtap.pipeline.extract.gather import Gathered, gather
+from coldtap.pipeline.images.decode_ahead import DecodedBatch, Decoder
+from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.codes import ErrorBound
+from coldtap.stores.format.rows import RowPlan
+from coldtap.stores.format.tiers import Numbers
+from coldtap.stores.writing.calibration import CalibrationSamples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What the prefix showed.
+
+    Attributes:
+        numbers: how the values of each array are to be kept.
+        errors: of each int8 array, what its codes lose on rows that were not used for its scales, a tap.
+        compressed: of each `compact` array, the share of its codes' bytes that zstd leaves.
+        rows_per_second: decoding and backbone, batch after batch, the first (warming) batch left out.
+    """
+
+    numbers: dict[str, Numbers]
+    errors: dict[str, list[dict[str, Any]]]
+    compressed: dict[str, float]
+    rows_per_second: float
+
+
+def calibrate(
+    backbone: Backbone, decoder: Decoder, specs: Sequence[ArraySpec], plan: RowPlan, bound: ErrorBound | None
+) -> Calibration:
+    """Run the first rows of the first split; images that cannot be used do not count.
+
+    At least two batches are timed where there are so many rows, so the rate may come from more rows than the scales.
+    """
+    rows = plan.first_rows(max(CalibrationSamples.rows_needed(specs, bound), 2 * decoder.batch_size))
+    samples = CalibrationSamples(specs, bound, len(rows))
+    by_name = {spec.name: spec for spec in specs}
+    times = [time.perf_counter()]
+    for batch in decoder.batches(rows):
+        taps = backbone(torch.from_numpy(batch.pixels))
+        usable = [i for i in range(len(batch.rows)) if i not in batch.reasons]
+        with torch.inference_mode():
+            for part in gather(taps, specs) if usable else ():
+                _add(samples, by_name[part.array], part, batch, usable)
+        times.append(time.perf_counter())
+    return Calibration(
+        numbers=samples.numbers(),
+        errors=samples.errors(),
+        compressed=samples.compressed(),
+        rows_per_second=_rate(times, len(rows), decoder.batch_size),
+    )
+
+
+def _add(
+    samples: CalibrationSamples, spec: ArraySpec, part: Gathered, batch: DecodedBatch, usable: Sequence[int]
+) -> None:
+    """Take what is needed of one tap of one array."""
+    values = part.values.float() if spec.tier == "int8" else None
+    for image in usable:
+        largest = max(float(part.high[image]), -float(part.low[image]))
+        chosen = None
+        if values is not None:
+            chosen = values[image, samples.tokens(spec, batch.rows[image].number)].cpu().numpy()
+        samples.add(part.array, part.position or 0, largest, chosen)
+
+
+def _rate(times: Sequence[float], n_rows: int, batch_size: int) -> float:
+    if len(times) > 2:
+        return (n_rows - batch_size) / (times[-1] - times[1])
+    return n_rows / (times[-1] - times[0])

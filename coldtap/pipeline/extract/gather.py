@@ -1,0 +1,74 @@
+"""How taps become stored tensors: each tap kept, their running sum, or their pooled tokens.
+
+Sums accumulate in float32. Every tap that is used is checked for non-finite values, row by row, on the
+device that has it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from coldtap.stores.format.arrays import ArraySpec
+
+
+@dataclass(slots=True, kw_only=True)
+class Gathered:
+    """One tap of one array for a batch.
+
+    Attributes:
+        array: the array's name.
+        position: the tap's place in the array; None where the array has no tap axis (`sum`).
+        values: (batch, token, channel) float, on the backbone's device.
+        low, high: (batch,) the smallest and largest value of each image; NaN where one is NaN.
+    """
+
+    array: str
+    tap: int
+    position: int | None
+    values: Tensor
+    low: Tensor = field(init=False)
+    high: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        flat = self.values.flatten(1)
+        # An eighth of the time of torch.aminmax along an axis, with equal results, NaN included.
+        self.low, self.high = flat.amin(dim=1), flat.amax(dim=1)
+
+
+def gather(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
+    """All that the arrays keep of a batch.
+
+    Args:
+        taps: every tap of the backbone, (batch, token, channel) each.
+        specs: the arrays to fill.
+    """
+    by_gather: dict[str, list[ArraySpec]] = {"layers": [], "sum": [], "pooled": []}
+    for spec in specs:
+        by_gather[spec.gather].append(spec)
+    for spec in by_gather["layers"]:
+        for position, tap in enumerate(spec.taps):
+            yield Gathered(array=spec.name, tap=tap, position=position, values=taps[tap])
+    for spec in by_gather["pooled"]:
+        for position, tap in enumerate(spec.taps):
+            values = pooled(taps[tap], spec.geometry.prefix_tokens)
+            yield Gathered(array=spec.name, tap=tap, position=position, values=values)
+    yield from _sums(taps, {spec.taps[0]: spec for spec in by_gather["sum"]})
+
+
+def _sums(taps: Sequence[Tensor], specs: Mapping[int, ArraySpec]) -> Iterator[Gathered]:
+    if not specs:
+        return
+    total = taps[0].float().clone()
+    for k in range(max(specs) + 1):
+        if k > 0:
+            total += taps[k]
+        if k in specs:
+            yield Gathered(array=specs[k].name, tap=k, position=None, values=total)
+
+
+def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:
+    """Prefix tokens and the mean of the patch tokens: (batch, prefix + 1, channel) float32."""
+    values = tap.float()
+    return torch.cat([values[:, :prefix_tokens], values[:, prefix_tokens:].mean(dim=1, keepdim=True)], dim=1)

@@ -1,0 +1,113 @@
+"""Decoding in threads, a few batches ahead of the backbone, in bounded memory."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from coldtap.pipeline.images.decode import BadImageError, content_digest, decode_rgb
+from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.images.sources import Source
+from coldtap.stores.format.rows import Row
+
+BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedBatch:
+    """Consecutive rows with their pixels.
+
+    Attributes:
+        rows: the rows.
+        pixels: (batch, channel, height, width) uint8; zeros where an image could not be read.
+        digests: SHA-256 of each image that was read, by its index in the batch.
+        reasons: why the others were not.
+    """
+
+    rows: Sequence[Row]
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    digests: dict[int, str] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoder:
+    """From rows to pixels; thread-safe.
+
+    Attributes:
+        source: the images.
+        preprocess: resizing and cropping.
+        augmentation: how views 1 … V are drawn.
+        seed: of the augmentations.
+        batch_size: rows a batch.
+        pool: the threads that decode; shared by all blocks.
+        n_threads: how many parts a batch is cut into.
+    """
+
+    source: Source
+    preprocess: Preprocess
+    augmentation: Augmentation
+    seed: int
+    batch_size: int
+    pool: ThreadPoolExecutor
+    n_threads: int
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[DecodedBatch]:
+        """Batches of consecutive rows, decoded ahead; the first ones start at once, before they are asked for."""
+        starts = deque(range(0, len(rows), self.batch_size))
+        waiting: deque[tuple[DecodedBatch, list[Future[None]]]] = deque()
+
+        def begin() -> None:
+            if starts:
+                start = starts.popleft()
+                waiting.append(self._begin(rows[start : start + self.batch_size]))
+
+        for _ in range(BATCHES_AHEAD):
+            begin()
+
+        def deliver() -> Iterator[DecodedBatch]:
+            try:
+                while waiting:
+                    batch, parts = waiting.popleft()
+                    for part in parts:
+                        part.result()
+                    begin()
+                    yield batch
+            finally:
+                for _, parts in waiting:
+                    for part in parts:
+                        part.cancel()
+
+        return deliver()
+
+    def _begin(self, rows: Sequence[Row]) -> tuple[DecodedBatch, list[Future[None]]]:
+        channels = len(self.preprocess.mean)
+        pixels = np.zeros((len(rows), channels, self.preprocess.height, self.preprocess.width), np.uint8)
+        batch = DecodedBatch(rows=rows, pixels=pixels)
+        parts = [range(start, len(rows), self.n_threads) for start in range(min(self.n_threads, len(rows)))]
+        return batch, [self.pool.submit(self._decode, batch, part) for part in parts]
+
+    def _decode(self, batch: DecodedBatch, part: range) -> None:
+        for image in part:
+            try:
+                batch.digests[image] = self._decode_one(batch.rows[image], batch.pixels[image])
+            except BadImageError as error:
+                batch.reasons[image] = str(error)
+
+    def _decode_one(self, row: Row, out: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+        raw = self.source.read(row.sample)
+        image = decode_rgb(raw)
+        if row.view == 0:
+            out[:] = self.preprocess.pixels(image)
+        else:
+            out[:] = self.preprocess.augmented(
+                image,
+                seed=self.seed,
+                sample_id=self.source.listing.ids[row.sample],
+                view=row.view,
+                augmentation=self.augmentation,
+            )
+        return content_digest(raw)

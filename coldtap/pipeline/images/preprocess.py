@@ -1,0 +1,301 @@
+"""Images to the pixels that a backbone expects, as timm's evaluation transform makes them, and seeded views.
+
+An image is resized and cropped to 8-bit pixels in a thread; whole batches are made floating point and normalised
+on the device, where four times fewer bytes have to be sent.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from timm.data.transforms import str_to_pil_interp
+from torch import nn
+
+from coldtap.errors import ModelError, OptionError
+from coldtap.pipeline.images.decode import BadImageError
+
+CROP_MODES = ("center", "squash", "border")
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+OVERRIDES = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
+N_CHANNELS = 3
+N_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Augmentation:
+    """How views 1 … V differ from view 0: a random resized crop and a horizontal flip, with torchvision's defaults.
+
+    Attributes:
+        crop_scale: Least and greatest area of the crop, as a fraction of the image.
+        crop_ratio: Least and greatest width / height of the crop.
+        flip: Probability of a horizontal flip.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        low, high = _numbers("crop_scale", self.crop_scale, 2)
+        if not 0 < low <= high <= 1:
+            raise OptionError(f"crop_scale={self.crop_scale}: wanted 0 < least <= greatest <= 1")
+        low, high = _numbers("crop_ratio", self.crop_ratio, 2)
+        if not 0 < low <= high:
+            raise OptionError(f"crop_ratio={self.crop_ratio}: wanted 0 < least <= greatest")
+        if not 0 <= self.flip <= 1:
+            raise OptionError(f"flip={self.flip}: wanted a probability")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, fit for JSON."""
+        return _to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the augmentation of a dict.
+
+        Raises:
+            OptionError: A key is unknown or missing, or a value cannot be used.
+        """
+        return cls(**_checked(cls, values))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """How an image becomes the input of a backbone: timm's evaluation transform.
+
+    Attributes:
+        height: Of the input, in pixels.
+        width: Of the input, in pixels.
+        crop_pct: Size of the crop over size of the resized image.
+        crop_mode: 'center' resizes the shorter edge, 'squash' both edges, 'border' the longer edge and pads.
+        interpolation: Of the resizing.
+        mean: Of each channel, on a scale of 0 … 1.
+        std: Of each channel, on a scale of 0 … 1.
+    """
+
+    height: int
+    width: int
+    crop_pct: float
+    crop_mode: str
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < 1:
+                raise OptionError(f"{name}={size!r}: wanted a number of pixels")
+        if not self.crop_pct > 0:
+            raise OptionError(f"crop_pct={self.crop_pct}: wanted a number above 0")
+        if self.crop_mode not in CROP_MODES:  # timm takes any other word for 'center'
+            raise OptionError(f"crop_mode={self.crop_mode!r}: wanted one of {', '.join(CROP_MODES)}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise OptionError(f"interpolation={self.interpolation!r}: wanted one of {', '.join(INTERPOLATIONS)}")
+        _numbers("mean", self.mean, N_CHANNELS)
+        if not all(std > 0 for std in _numbers("std", self.std, N_CHANNELS)):
+            raise OptionError(f"std={self.std}: wanted numbers above 0")
+
+    @classmethod
+    def from_timm(cls, model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Return what a timm model's own configuration says, with parts replaced.
+
+        Args:
+            model: Without a configuration, timm's defaults hold: 224 pixels, ImageNet's mean and deviation.
+            overrides: Any of input_size (a side, (height, width) or (channel, height, width)), crop_pct,
+                crop_mode, interpolation, mean and std. None leaves a part as it is.
+
+        Raises:
+            OptionError: An override is unknown or cannot be used.
+            ModelError: The model does not take three channels.
+        """
+        replaced = {key: value for key, value in (overrides or {}).items() if value is not None}
+        unknown = [key for key in replaced if key not in OVERRIDES]
+        if unknown:
+            raise OptionError(f"unknown preprocessing {', '.join(unknown)}; known: {', '.join(OVERRIDES)}")
+        config = resolve_model_data_config(model) | replaced
+        channels, height, width = _input_size(config["input_size"])
+        if channels != N_CHANNELS:
+            raise ModelError(f"the model takes {channels} channels; images are decoded to {N_CHANNELS} (RGB)")
+        return cls(
+            height=height,
+            width=width,
+            crop_pct=float(config["crop_pct"]),
+            crop_mode=config["crop_mode"],
+            interpolation=config["interpolation"],
+            mean=_numbers("mean", config["mean"], N_CHANNELS),
+            std=_numbers("std", config["std"], N_CHANNELS),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, fit for JSON."""
+        return _to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return the preprocessing of a dict.
+
+        Raises:
+            OptionError: A key is unknown or missing, or a value cannot be used.
+        """
+        return cls(**_checked(cls, values))
+
+    def pixels(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Resize and crop an RGB image.
+
+        Returns:
+            Shape (channel, height, width).
+
+        Raises:
+            BadImageError: The image is so narrow that resizing it would fill the memory, or leave nothing.
+        """
+        self._refuse_narrow(image)
+        for step in _evaluation_steps(self):
+            image = step(image)
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def augmented(
+        self, image: Image.Image, *, seed: int, sample_id: str, view: int, augmentation: Augmentation
+    ) -> npt.NDArray[np.uint8]:
+        """Crop, resize and flip an RGB image at random: a pure function of its arguments.
+
+        torchvision's own transforms draw from one generator that all threads share, so the same view would
+        depend on what other threads do. Here each draw is a part of SHAKE-256 over (seed, view, id).
+
+        Args:
+            image: RGB.
+            seed: Of the whole run.
+            sample_id: As in the listing.
+            view: 1 … V; view 0 is `pixels`.
+            augmentation: What is drawn.
+
+        Returns:
+            Shape (channel, height, width).
+        """
+        flip, *draws = _draws(seed, sample_id, view)
+        box = _crop_box(image.width, image.height, draws, augmentation)
+        resample = str_to_pil_interp(self.interpolation)
+        # Crop before resizing, as torchvision: resize(box=...) would let pixels outside the crop in.
+        view_image = image.crop(box).resize((self.width, self.height), resample)
+        if flip < augmentation.flip:
+            view_image = view_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(view_image).transpose(2, 0, 1)
+
+    def _refuse_narrow(self, image: Image.Image) -> None:
+        height, width = image.height, image.width
+        scales = (math.floor(self.height / self.crop_pct) / height, math.floor(self.width / self.crop_pct) / width)
+        limit = Image.MAX_IMAGE_PIXELS
+        # 1 x 20000 pixels pass for a small image, until the shorter edge is made 224.
+        too_large = self.crop_mode == "center" and height * width * max(scales) ** 2 > (limit or math.inf)
+        too_small = self.crop_mode == "border" and min(height, width) * min(scales) <= 0.5
+        if too_large or too_small:
+            raise BadImageError(
+                f"too narrow: {width} x {height} pixels cannot be resized to {self.width} x {self.height}"
+            )
+
+
+def normalise(pixels: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype) -> torch.Tensor:
+    """Make 8-bit pixels floating point and normalise them, on the device where they are.
+
+    (x / 255 - mean) / std in float32 and in this order, so that float32 results equal torchvision's ToTensor and
+    Normalize, and so timm's transform, bit for bit.
+
+    Args:
+        pixels: uint8, shape (batch, channel, height, width).
+        preprocess: Has mean and std.
+        dtype: Of the result; the arithmetic is float32 all the same.
+
+    Returns:
+        Shape (batch, channel, height, width).
+    """
+    mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+    std = torch.tensor(preprocess.std, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
+    # A tensor on the device, because CUDA divides by a Python number as a product with its rounded reciprocal.
+    white = torch.full((), 255.0, device=pixels.device)
+    return pixels.to(torch.float32).div_(white).sub_(mean).div_(std).to(dtype)
+
+
+@lru_cache(maxsize=16)
+def _evaluation_steps(preprocess: Preprocess) -> list[Callable[[Image.Image], Image.Image]]:
+    """Return timm's own resizing and cropping; building it takes longer than a small image."""
+    transform = create_transform(
+        input_size=(N_CHANNELS, preprocess.height, preprocess.width),
+        interpolation=preprocess.interpolation,
+        mean=preprocess.mean,
+        std=preprocess.std,
+        crop_pct=preprocess.crop_pct,
+        crop_mode=preprocess.crop_mode,
+        use_prefetcher=True,
+    )
+    steps: list[Callable[[Image.Image], Image.Image]] = transform.transforms[:-1]
+    return steps  # without the last, which makes a tensor and costs a small image as much as its decoding
+
+
+def _draws(seed: int, sample_id: str, view: int) -> list[float]:
+    """Return numbers in [0, 1): flip, top, left, and two for each attempt at a crop.
+
+    Hashed, not drawn from NumPy's Generator, whose stream may change with its version: a store that is resumed
+    after an upgrade must get the same bytes.
+    """
+    count = 3 + 2 * N_ATTEMPTS
+    stream = hashlib.shake_256(f"{seed}\0{view}\0{sample_id}".encode()).digest(8 * count)
+    draws: list[float] = ((np.frombuffer(stream, dtype="<u8") >> np.uint64(11)) * 2.0**-53).tolist()
+    return draws
+
+
+def _crop_box(width: int, height: int, draws: list[float], augmentation: Augmentation) -> tuple[int, int, int, int]:
+    """Return (left, top, right, bottom) as torchvision's RandomResizedCrop.get_params defines it."""
+    (least_scale, most_scale), (least, most) = augmentation.crop_scale, augmentation.crop_ratio
+    for area_draw, ratio_draw in zip(draws[2::2], draws[3::2], strict=True):
+        area = width * height * (least_scale + (most_scale - least_scale) * area_draw)
+        ratio = math.exp(math.log(least) + (math.log(most) - math.log(least)) * ratio_draw)
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = math.floor(draws[0] * (height - crop_height + 1))
+            left = math.floor(draws[1] * (width - crop_width + 1))
+            return left, top, left + crop_width, top + crop_height
+    crop_width, crop_height = width, height
+    if width / height < least:
+        crop_height = max(1, round(width / least))
+    elif width / height > most:
+        crop_width = max(1, round(height * most))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def _numbers(name: str, values: Any, count: int) -> tuple[float, ...]:
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        found = ()
+    if len(found) != count or not all(math.isfinite(value) for value in found):
+        raise OptionError(f"{name}={values!r}: wanted {count} numbers")
+    return found
+
+
+def _input_size(size: Any) -> tuple[int, int, int]:
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, (tuple, list)) else ()
+    if len(sides) not in (2, 3) or not all(isinstance(side, int) for side in sides):
+        raise OptionError(f"input_size={size!r}: wanted SIDE, (height, width) or (channel, height, width)")
+    channels, height, width = sides if len(sides) == 3 else (N_CHANNELS, *sides)
+    return channels, height, width
+
+
+def _to_dict(record: Augmentation | Preprocess) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
+
+
+def _checked(cls: type[Augmentation] | type[Preprocess], values: Mapping[str, Any]) -> dict[str, Any]:
+    known = [field.name for field in fields(cls)]
+    wrong = sorted(set(values) ^ set(known))
+    if wrong:
+        raise OptionError(f"{cls.__name__}: unknown or missing {', '.join(wrong)}; known: {', '.join(known)}")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

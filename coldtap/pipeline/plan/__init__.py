@@ -1,0 +1,1 @@
+"""What a job is to do, decided before an image is read."""

@@ -1,0 +1,1 @@
+"""What quantisation takes from a backbone, and what compensation gives back."""

@@ -1,0 +1,1 @@
+"""A quantised backbone as an ONNX file."""

@@ -1,0 +1,1 @@
+"""A float model into integers: ranges, codes, and the two models side by side."""

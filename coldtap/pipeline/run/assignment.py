@@ -1,0 +1,86 @@
+"""What a worker process is told of a job, and how it makes ready for its blocks."""
+
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coldtap.errors import IncompleteStoreError
+from coldtap.pipeline.extract.block import Extraction
+from coldtap.pipeline.images.decode_ahead import Decoder
+from coldtap.pipeline.images.sources.parquet import ParquetSource
+from coldtap.pipeline.images.sources.spool import SharedSpool
+from coldtap.pipeline.plan.options import JobDescription
+from coldtap.stores.format.recipe import Recipe
+from coldtap.stores.reading.recipe_file import require_same_recipe
+from coldtap.stores.reading.stored_numbers import stored_numbers
+from coldtap.stores.writing.writer import StoreWriter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assignment:
+    """A job on a store that was begun: its recipe and the metadata of its arrays are there.
+
+    Attributes:
+        description: the job, as `JobDescription.dumps` gives it.
+        store: where it writes; the process that gives out the blocks holds its lock.
+        recipe: what the plan of every worker must come to.
+        environment: for the journal.
+        batch_size: images a forward pass.
+        decode_threads: of each worker.
+        torch_threads: of each worker.
+        fail_on_bad_image: raise at the first bad image instead of rejecting its row.
+        spool: the images of a Parquet source, which need not be copied once a worker.
+    """
+
+    description: bytes
+    store: Path
+    recipe: Recipe
+    environment: Mapping[str, Any]
+    batch_size: int
+    decode_threads: int
+    torch_threads: int
+    fail_on_bad_image: bool
+    spool: SharedSpool | None
+
+    def make_ready(self, stop: threading.Event) -> Extraction:
+        """Load the backbone, list the source and open the store; takes seconds, once a process.
+
+        Raises:
+            OptionError: source or model cannot be made anew in this process.
+            RecipeMismatchError: images or weights have changed since the job was planned.
+        """
+        torch.set_num_threads(self.torch_threads)
+        description = JobDescription.loads(self.description)
+        source = description.open_source()
+        if isinstance(source, ParquetSource) and self.spool is not None:
+            source.use_spool(self.spool)
+        backbone = description.load_backbone()
+        plan = description.plan(source, backbone, source.listing.splits)
+        require_same_recipe(self.store, self.recipe, plan.recipe)
+        writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
+        numbers = stored_numbers(self.store, plan.specs)
+        if numbers is None:
+            raise IncompleteStoreError(f"{self.store}: the metadata of its arrays is gone; run the same command again")
+        writer.numbers = numbers
+        return Extraction(
+            backbone=backbone,
+            decoder=Decoder(
+                source=source,
+                preprocess=backbone.preprocess,
+                augmentation=plan.augmentation,
+                seed=plan.seed,
+                batch_size=self.batch_size,
+                pool=ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode"),
+                n_threads=self.decode_threads,
+            ),
+            device=ThreadPoolExecutor(1, thread_name_prefix="device"),
+            writer=writer,
+            environment=self.environment,
+            fail_on_bad_image=self.fail_on_bad_image,
+            stop=stop,
+        )

@@ -1,0 +1,1 @@
+"""A store in another tier or layout, without the backbone."""

@@ -1,0 +1,1 @@
+"""Changes of a complete store that touch no feature."""

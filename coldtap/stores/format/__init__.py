@@ -1,0 +1,1 @@
+"""What bytes mean: the parts of the specification, one a file."""

@@ -1,0 +1,103 @@
+"""The journal: one small file a finished block, written after the block's shards.
+
+A block without its line is not there, whatever files it left; resume does it again. Lines hold nothing that
+differs between two runs of the same recipe in the same environment, so that a resumed run ends in the same bytes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from coldtap.errors import CorruptStoreError
+from coldtap.stores.format.canonical import readable_json
+from coldtap.stores.storage.atomic import write_file
+
+JOURNAL = "journal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardRecord:
+    """A written file of numbers: bytes and SHA-256; of a shard also the bytes and SHA-256 of each tap's chunks."""
+
+    n_bytes: int
+    sha256: str
+    tap_bytes: tuple[int, ...] = ()
+    tap_sha256: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """A row that is not there, and why; `tap` names the first tap with a non-finite value."""
+
+    row: int
+    reason: str
+    tap: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JournalLine:
+    """What one finished block holds.
+
+    `shards`, lists of escapes among them, are by path under `features.zarr`; `source_sha256` by row number;
+    `ranges` are the smallest and
+    largest value of each tap of each array in this block; `environment` is where it ran.
+    """
+
+    block: int
+    shards: Mapping[str, ShardRecord]
+    rejected: tuple[Rejection, ...]
+    source_sha256: Mapping[int, str]
+    ranges: Mapping[str, list[list[float]]]
+    environment: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The line as JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "JournalLine":
+        """Parse what `to_dict` gave; anything else is a TypeError, KeyError or ValueError."""
+        shards = {
+            name: ShardRecord(
+                **{**shard, "tap_bytes": tuple(shard["tap_bytes"]), "tap_sha256": tuple(shard["tap_sha256"])}
+            )
+            for name, shard in record["shards"].items()
+        }
+        return cls(
+            **{
+                **record,
+                "shards": shards,
+                "rejected": tuple(Rejection(**rejection) for rejection in record["rejected"]),
+                "source_sha256": {int(row): digest for row, digest in record["source_sha256"].items()},
+            }
+        )
+
+
+def journal_name(block: int) -> str:
+    """Path of a block's line under the store."""
+    return f"{JOURNAL}/{block:08d}.json"
+
+
+def write_line(store: Path, line: JournalLine) -> None:
+    """Write a block's line, durably; from now on the block is there."""
+    write_file(store / journal_name(line.block), [readable_json(line.to_dict())])
+
+
+def read_line(store: Path, block: int) -> JournalLine | None:
+    """A block's line, or None where the block is not finished.
+
+    Raises:
+        CorruptStoreError: the file is not a journal line of this block.
+    """
+    path = store / journal_name(block)
+    try:
+        line = JournalLine.from_dict(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CorruptStoreError(f"{path} is damaged ({error}): remove it, and the block is done again") from error
+    if line.block != block:
+        raise CorruptStoreError(f"{path} speaks of block {line.block}: remove it, and the block is done again")
+    return line

@@ -1,0 +1,160 @@
+"""The manifest: `sha256 bytes name` for every file, sorted by name, written last.
+
+A name with `#tap` after it is one tap's chunks inside a `layers` shard, so that a part of a store can be
+checked alone. The store's digest is the SHA-256 of the manifest's bytes.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coldtap.errors import CorruptStoreError, IncompleteStoreError, MachineError
+from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.storage.faults import fault_point
+from coldtap.stores.storage.files import open_regular, read_text_bytes
+
+MANIFEST = "manifest"
+FEATURES = "features.zarr"
+HASHED_AT_ONCE = 1 << 22  # bytes of a file in memory while it is hashed
+SHORTEST_LINE = len(f"{'0' * 64} 0 x\n")
+_LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\S.*)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One line of the manifest; `name` is relative to the store, with `/` between parts."""
+
+    sha256: str
+    n_bytes: int
+    name: str
+
+
+class Manifest:
+    """A manifest's lines. A store of ten million rows has half a million: they are looked up, not parsed, one by one.
+
+    Attributes:
+        digest: SHA-256 of the whole: the store's digest.
+    """
+
+    def __init__(self, path: Path, data: bytes | bytearray) -> None:
+        self._path, self._data = path, data
+        self.digest = hashlib.sha256(data).hexdigest()
+
+    @property
+    def most_lines(self) -> int:
+        """No more lines than this; they are not counted."""
+        return len(self._data) // SHORTEST_LINE
+
+    def find(self, name: str) -> Entry | None:
+        """The entry of a name, by bisection over the sorted lines.
+
+        Raises:
+            CorruptStoreError: a line on the way is not of its form.
+        """
+        low, high = 0, len(self._data)
+        wanted = name.encode()
+        while low < high:
+            start = self._data.rfind(b"\n", low, (low + high) // 2) + 1 or low
+            start = max(start, low)
+            end = self._data.find(b"\n", start)
+            end = len(self._data) if end < 0 else end
+            entry = self._parse(start, end)
+            found = entry.name.encode()
+            if found == wanted:
+                return entry
+            if found < wanted:
+                low = end + 1
+            else:
+                high = start
+        return None
+
+    def entries(self) -> dict[str, Entry]:
+        """Every entry by name.
+
+        Raises:
+            CorruptStoreError: a line is not of its form, stands twice or in the wrong order, or leaves the store.
+        """
+        entries: dict[str, Entry] = {}
+        start, last = 0, ""
+        while start < len(self._data):
+            end = self._data.find(b"\n", start)
+            end = len(self._data) if end < 0 else end
+            entry = self._parse(start, end)
+            if entry.name <= last:
+                raise self._damaged(start)
+            entries[entry.name] = entry
+            start, last = end + 1, entry.name
+        return entries
+
+    def _parse(self, start: int, end: int) -> Entry:
+        match = _LINE.fullmatch(self._data[start:end].decode(errors="replace"))
+        if match is None or ".." in match[3].split("/") or match[3].startswith("/"):
+            raise self._damaged(start)
+        return Entry(sha256=match[1], n_bytes=int(match[2]), name=match[3])
+
+    def _damaged(self, start: int) -> CorruptStoreError:
+        line = self._data.count(b"\n", 0, start) + 1
+        return CorruptStoreError(
+            f"{self._path}, line {line}: not `sha256 bytes name` of a file in the store, in the order of the names"
+        )
+
+
+def write_manifest(store: Path, entries: Iterable[Entry]) -> str:
+    """Write the manifest and return the store's digest."""
+    lines = sorted((entry.name.encode(), f"{entry.sha256} {entry.n_bytes} {entry.name}\n") for entry in entries)
+    data = "".join(line for _, line in lines).encode()
+
+    def pieces() -> Iterable[bytes]:
+        yield data
+        fault_point("manifest-temporary")
+
+    write_file(store / MANIFEST, pieces())
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_manifest(store: Path) -> Manifest:
+    """A store's manifest.
+
+    Raises:
+        IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
+        CorruptStoreError: it cannot be read.
+        MachineError: this user may not read it.
+    """
+    path = store / MANIFEST
+    try:
+        return Manifest(path, read_text_bytes(path))
+    except FileNotFoundError:
+        raise IncompleteStoreError(
+            f"{store} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
+        ) from None
+    except PermissionError as error:
+        raise MachineError(f"{path} may not be read ({error.strerror}): change its mode or ask its owner") from error
+    except OSError as error:
+        raise CorruptStoreError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def file_entry(store: Path, name: str) -> Entry:
+    """The manifest's entry of a file that is there, read piece by piece.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        CorruptStoreError: it is no regular file.
+    """
+    digest, n_bytes = hashlib.sha256(), 0
+    with open(open_regular(store / name), "rb", buffering=0) as file:
+        while data := file.read(HASHED_AT_ONCE):
+            digest.update(data)
+            n_bytes += len(data)
+    return Entry(sha256=digest.hexdigest(), n_bytes=n_bytes, name=name)
+
+
+def files_of(store: Path) -> set[str]:
+    """Names of all files under a store, relative to it."""
+    return {
+        os.path.relpath(os.path.join(folder, file), store).replace(os.sep, "/")
+        for folder, _, files in os.walk(store)
+        for file in files
+    }

@@ -1,0 +1,1 @@
+"""Reading a store: rows of features, and the tables beside them."""

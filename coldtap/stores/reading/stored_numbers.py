@@ -1,0 +1,83 @@
+"""How a store keeps its values, read back from its own metadata: exponents and scales."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from coldtap.errors import CorruptStoreError
+from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.canonical import parse_json
+from coldtap.stores.format.codes import Floats, Scaling
+from coldtap.stores.format.manifest import FEATURES
+from coldtap.stores.format.tiers import Numbers
+
+ROOT = f"{FEATURES}/zarr.json"  # written when every array's metadata and scales are there
+
+type Read = Callable[[str], bytes | None]  # the bytes of a file under `features.zarr`, None where there is none
+
+
+def stored_numbers(store: Path, specs: Sequence[ArraySpec]) -> dict[str, Numbers] | None:
+    """How an unfinished store keeps its values; None where its arrays are not all there yet.
+
+    Raises:
+        CorruptStoreError: its metadata is not what the recipe says.
+    """
+
+    def read(name: str) -> bytes | None:
+        path = store / FEATURES / name
+        return path.read_bytes() if path.exists() else None
+
+    if not (store / ROOT).exists():
+        return None
+    return {spec.name: read_numbers(read, spec, store / FEATURES) for spec in specs}
+
+
+def read_numbers(read: Read, spec: ArraySpec, features: Path) -> Numbers:
+    """How one array keeps its values; errors name the file under `features`.
+
+    Raises:
+        CorruptStoreError: a file is missing, or not what the recipe says.
+    """
+    exponents = read_metadata(read, spec.name, features)["attributes"].get("scale_exponents")
+    if not (isinstance(exponents, list) and len(exponents) == len(spec.taps) and all(map(_is_exponent, exponents))):
+        raise CorruptStoreError(f"{features / spec.name}: its metadata does not give an exponent a tap")
+    return Numbers(exponents=tuple(exponents), scaling=_scaling(read, spec, features) if spec.tier == "int8" else None)
+
+
+def _is_exponent(value: object) -> bool:
+    return type(value) is int and 0 <= value < 128
+
+
+def read_metadata(read: Read, name: str, features: Path) -> dict[str, Any]:
+    """The `zarr.json` of an array or group; errors name the file under `features`.
+
+    Raises:
+        CorruptStoreError: it is missing or not of its form.
+    """
+    data = read(f"{name}/zarr.json")
+    try:
+        found = parse_json(data or b"")
+    except ValueError as error:
+        raise CorruptStoreError(f"{features / name}/zarr.json is missing or not JSON ({error})") from error
+    if not isinstance(found, dict) or not isinstance(found.get("attributes"), dict):
+        raise CorruptStoreError(f"{features / name}/zarr.json is not the metadata of a coldtap array")
+    return found
+
+
+def _scaling(read: Read, spec: ArraySpec, features: Path) -> Scaling:
+    shape = len(spec.taps), spec.geometry.channels
+    scale, offset = (_values(read, f"scales/{spec.name}/{name}", shape, features) for name in ("scale", "offset"))
+    if not (np.isfinite(scale).all() and np.isfinite(offset).all() and (scale > 0).all()):
+        raise CorruptStoreError(f"{features}/scales/{spec.name}: a scale is not a positive number")
+    return Scaling(scale=scale, offset=offset)
+
+
+def _values(read: Read, name: str, shape: tuple[int, ...], features: Path) -> Floats:
+    """A small float32 array of one uncompressed chunk."""
+    data = read(f"{name}/c" + "/0" * len(shape))
+    if data is None or len(data) != 4 * prod(shape):
+        raise CorruptStoreError(f"{features / name}: its numbers are missing, or not of shape {shape}")
+    return np.frombuffer(data, "<f4").reshape(shape).astype(np.float32)

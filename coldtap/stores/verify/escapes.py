@@ -1,0 +1,66 @@
+"""Verifying the lists of escapes: their metadata, and that each points to a place in its own block."""
+
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+from coldtap.errors import CorruptStoreError
+from coldtap.stores.format.canonical import parse_json
+from coldtap.stores.format.escapes import EscapeReader, longest_list
+from coldtap.stores.format.manifest import FEATURES, Entry
+from coldtap.stores.format.metadata import escape_files
+from coldtap.stores.reading.array import StoredArray
+from coldtap.stores.reading.store import Store
+from coldtap.stores.verify.problems import Problem
+
+COMPARED = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "attributes")
+
+
+def escape_problems(
+    store: Store, array: StoredArray, entries: Mapping[str, Entry], damaged: Set[str]
+) -> Iterator[Problem]:
+    """What is wrong with the escapes of one int8 array.
+
+    Args:
+        store: an open store.
+        array: one of its int8 arrays.
+        entries: the manifest.
+        damaged: files that are reported already; lists with such files are not looked at.
+    """
+    folder = f"{FEATURES}/escapes/{array.name}"
+    if any(name.startswith(f"{folder}/") for name in damaged):
+        return
+    n_blocks = array.n_rows // array.spec.block_rows
+    keys = {name.removeprefix(f"{FEATURES}/"): None for name in entries if name.startswith(f"{folder}/")}
+    expected = escape_files([array.spec], n_blocks, {array.name: longest_list(keys, array.spec)})
+    for part in ("position", "value"):
+        name = f"{folder}/{part}/zarr.json"
+        if what := _differences(store, name, parse_json(expected[name])):
+            yield Problem(where=name, what=what)
+            return
+    yield from _list_problems(store, array, folder, n_blocks)
+
+
+def _differences(store: Store, name: str, expected: Mapping[str, Any]) -> str | None:
+    """The fields that are not what the lists need; codecs by name, for their settings may be those of another Zarr."""
+    try:
+        there = parse_json(store.read_file(name))
+        codecs = [codec["name"] for codec in there["codecs"]]
+        differing = [key for key in COMPARED if there[key] != expected[key]]
+    except (CorruptStoreError, ValueError, KeyError, TypeError) as error:
+        return f"not the metadata of a list of escapes ({error!r})"
+    if codecs != [codec["name"] for codec in expected["codecs"]]:
+        differing.append("codecs")
+    return f"{', '.join(differing)}: not what the lists of this store need" if differing else None
+
+
+def _list_problems(store: Store, array: StoredArray, folder: str, n_blocks: int) -> Iterator[Problem]:
+    def read(key: str) -> bytes | None:
+        name = f"{FEATURES}/{key}"
+        return store.read_file(name) if store.manifest.find(name) else None
+
+    reader = EscapeReader(array.spec, read, store.path / FEATURES)
+    for block in range(n_blocks):
+        try:
+            reader.of_block(block)
+        except CorruptStoreError as error:
+            yield Problem(where=folder, what=str(error))

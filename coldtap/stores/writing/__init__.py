@@ -1,0 +1,1 @@
+"""Writing a store, whatever its features come from."""

@@ -1,0 +1,86 @@
+"""The values of one block in the making: a shard buffer an array, and beside codes what they do not hold."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from coldtap.errors import StoreError
+from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.codes import Encoded, Escapes, Floats, encode
+from coldtap.stores.format.shards import Mask, ShardBuffer
+from coldtap.stores.format.tiers import Numbers, to_float
+
+# Escapes of a block: beyond such a share they take more room than the codes, and beyond such a number a lot of memory.
+LARGEST_SHARE = 1 / 32
+LARGEST_NUMBER = 2**20
+
+
+class ArrayBuffer:
+    """Room for the rows of one block of one array.
+
+    Attributes:
+        spec: the array.
+        numbers: how its values are kept.
+        shard: stored numbers (row, tap, token, channel), or (row, token, channel).
+    """
+
+    def __init__(self, spec: ArraySpec, numbers: Numbers) -> None:
+        self.spec, self.numbers = spec, numbers
+        self.shard = ShardBuffer(spec)
+        self._escapes: list[Escapes] = []
+
+    def put(self, values: Floats, rows: Sequence[int]) -> None:
+        """Encode values into some rows of the block.
+
+        Args:
+            values: (row, tap, token, channel) float32, finite; a `sum` has one tap.
+            rows: their places in the block, ascending and consecutive.
+        """
+        stored = self.shard.values[rows[0] : rows[-1] + 1]
+        if self.spec.tier != "int8":
+            stored[:] = to_float(values, self.spec.tier, self.numbers.exponents).reshape(stored.shape)
+            return
+        assert self.numbers.scaling is not None
+        self.put_codes(encode(values, self.numbers.scaling), rows)
+
+    def put_codes(self, encoded: Encoded, rows: Sequence[int]) -> None:
+        """Keep codes as they are in some rows of an int8 block.
+
+        Args:
+            encoded: codes (row, tap, token, channel) made with this array's scaling, and their escapes.
+            rows: their places in the block, ascending and consecutive.
+        """
+        stored = self.shard.values[rows[0] : rows[-1] + 1]
+        stored[:] = encoded.codes.reshape(stored.shape)
+        position = encoded.escapes.position + np.array([rows[0], 0, 0, 0], np.uint32)
+        self.escape(Escapes(position=position, value=encoded.escapes.value))
+
+    def escape(self, escapes: Escapes) -> None:
+        """Keep values that the codes do not hold; rows are counted within the block.
+
+        Raises:
+            StoreError: so many that scales from other rows would serve the block better.
+        """
+        self._escapes.append(escapes)
+        n_escaped = sum(len(some.value) for some in self._escapes)
+        n_values = self.spec.block_rows * self.spec.bytes_per_row
+        if n_escaped > max(LARGEST_SHARE * n_values, LARGEST_NUMBER):
+            _, tap, _, channel = escapes.position[-1]
+            raise StoreError(
+                f"{self.spec.name}: more than {LARGEST_SHARE:.0%} of a block's values are beyond the reach of int8 "
+                f"codes, such as those of channel {channel} at tap {self.spec.taps[tap]}: the first rows, which set "
+                "the scales, do not stand for the rest; give a lower --snr, or --tier float16"
+            )
+
+    def take_escapes(self, block: int, present: Mask) -> Escapes:
+        """The escapes of present rows, ascending, rows counted from the array's first; leaves none behind."""
+        position = np.concatenate([np.empty((0, 4), np.uint32), *(escapes.position for escapes in self._escapes)])
+        value = np.concatenate([np.empty(0, np.float32), *(escapes.value for escapes in self._escapes)])
+        self._escapes.clear()
+        order = np.lexsort(position.T[::-1])
+        order = order[present[position[order, 0]]]
+        first = np.array([block * self.spec.block_rows, 0, 0, 0], np.uint32)
+        return Escapes(position=position[order] + first, value=value[order])
+
+
+type BlockBuffers = Mapping[str, ArrayBuffer]

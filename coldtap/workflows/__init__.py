@@ -1,0 +1,1 @@
+"""What needs the pipeline and the adaptors at once."""

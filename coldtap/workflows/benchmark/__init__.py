@@ -1,0 +1,1 @@
+"""Adaptors on datasets, from images to one table."""

@@ -1,0 +1,1 @@
+"""Whole uses of coldtap, each run in CI."""

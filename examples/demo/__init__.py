@@ -1,0 +1,1 @@
+"""The demo: digits to trained adaptors, with one table and one picture."""

@@ -1,0 +1,195 @@
+"""int8 stores: what is written is what every reader reads, within the bound, exceptions included."""
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from coldtap.stores import open_store
+from coldtap.stores.format.codes import SCALE_OF_STEP, Scaling, encode
+from coldtap.stores.verify.verify import verify_store
+from tests.helpers.synthetic import GEOMETRY, by_tap, gathered, synthetic_store
+
+SPLITS = ["train"] * 11 + ["val"] * 5 + ["test"] * 6
+TARGETS = [i % 3 for i in range(22)]
+LAYERS, SUM, POOLED = "layers/g2x3-p1-c8", "sum/g2x3-p1-c8/3", "pooled/g2x3-p1-c8"
+LAYOUTS = ["fast", "compact"]
+
+
+@pytest.fixture
+def features():
+    """Ordinary values, a massive channel on one token, and single massive values."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((22, 4, GEOMETRY.tokens, GEOMETRY.channels)).astype(np.float32)
+    values[:, 2, 0, 5] += 500
+    values[rng.integers(0, 22, 9), rng.integers(0, 4, 9), rng.integers(0, 7, 9), rng.integers(0, 8, 9)] *= 1e4
+    return values
+
+
+def scaling_of(name):
+    taps = 1 if name == SUM else 4
+    scale = np.linspace(0.05, 0.1, taps * 8, dtype=np.float32).reshape(taps, 8)
+    return Scaling(scale=scale, offset=np.linspace(-1, 1, taps * 8, dtype=np.float32).reshape(taps, 8))
+
+
+@pytest.fixture(params=LAYOUTS)
+def store(request, tmp_path, features):
+    scaling = {LAYERS: scaling_of(LAYERS), SUM: scaling_of(SUM)}
+    synthetic_store(
+        tmp_path / "s",
+        features,
+        TARGETS,
+        SPLITS,
+        tier="int8",
+        layout=request.param,
+        scaling=scaling,
+        block_rows=4,
+        rejected=[3],
+    )
+    return open_store(tmp_path / "s")
+
+
+def rows_and_samples(store):
+    rows = np.concatenate([store.rows("test"), store.rows("train")[::-1], store.rows("val")])
+    return rows, [int(name[-3:]) for name in store.sample_ids(rows)]
+
+
+def expected(array, features, samples):
+    return np.stack([by_tap(gathered(array.spec, features[sample])) for sample in samples])
+
+
+@pytest.mark.parametrize("taps", [None, [0, 1, 2, 3], [2], [3, 1], [0, 2, 3]])
+def test_values_come_back_within_the_bound(store, features, taps):
+    rows, samples = rows_and_samples(store)
+    array = store.arrays[LAYERS]
+    out = np.full((len(rows), len(taps or range(4)), 7, 8), np.nan, np.float32)
+    array.read_into(out, rows, taps)
+    scaling = array.scaling_of(taps)
+    wanted = expected(array, features, samples)[:, taps or slice(None)]
+    bound = scaling.scale.astype(float)[:, None] / SCALE_OF_STEP / 2
+    assert (np.abs(out - wanted.astype(float)) <= bound).all()
+    codes = np.empty(out.shape, np.int8)
+    exceptions = array.read_stored_into(codes, rows, taps)
+    again = codes * scaling.scale[:, None] + scaling.offset[:, None]
+    again.reshape(-1)[exceptions.position] = exceptions.value
+    np.testing.assert_array_equal(again, out)
+
+
+def test_sums_come_back_within_the_bound(store, features):
+    rows, samples = rows_and_samples(store)
+    array = store.arrays[SUM]
+    out = np.empty((len(rows), 7, 8), np.float32)
+    array.read_into(out, rows)
+    bound = array.scaling_of().scale.astype(float) / SCALE_OF_STEP / 2
+    assert (np.abs(out - expected(array, features, samples)[:, 0].astype(float)) <= bound).all()
+
+
+def test_pooled_stays_in_float16(store, features):
+    rows, samples = rows_and_samples(store)
+    array = store.arrays[POOLED]
+    assert (array.spec.tier, array.spec.layout) == ("float16", "fast")
+    out = np.empty((len(rows), 4, 2, 8), np.float32)
+    array.read_into(out, rows)
+    np.testing.assert_array_equal(out, expected(array, features, samples).astype(np.float16))
+
+
+def foreign(reader, path):
+    if reader == "tensorstore":
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+        return tensorstore.open(spec).result().read().result()
+    if reader == "zarrs":
+        pytest.importorskip("zarrs")
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}):
+            return zarr.open_array(path, mode="r")[:]
+    return zarr.open_array(path, mode="r")[:]
+
+
+@pytest.mark.parametrize("reader", ["zarr", "tensorstore", "zarrs"])
+@pytest.mark.parametrize("name", [LAYERS, SUM])
+def test_the_formula_of_the_specification_gives_what_coldtap_reads(store, features, name, reader):
+    """A stranger with docs/format.md and any Zarr reader."""
+    rows, _ = rows_and_samples(store)
+    array, root = store.arrays[name], store.path / "features.zarr"
+    codes = foreign(reader, root / name)
+    absent = np.setdiff1d(np.arange(array.n_rows), rows)
+    assert (codes[absent] == -128).all()
+    assert not (codes[rows] == -128).any()
+    scale, offset = (foreign(reader, root / "scales" / name / part) for part in ("scale", "offset"))
+    values = offset[:, None] + scale[:, None] * codes.reshape(len(codes), -1, 7, 8).astype(np.float32)
+    values = values.reshape(codes.shape)
+    position = foreign(reader, root / "escapes" / name / "position").reshape(-1, codes.ndim)
+    value = foreign(reader, root / "escapes" / name / "value").reshape(-1)
+    there = position[:, 0] != 2**32 - 1
+    assert there.sum() > 3
+    values[tuple(position[there].T)] = value[there]
+    ours = np.empty((len(rows), *array.row_shape), np.float32)
+    array.read_into(ours, rows)
+    np.testing.assert_array_equal(values[rows], ours)
+
+
+def test_verify_finds_nothing_wrong(store):
+    assert verify_store(store.path).problems == ()
+
+
+def test_compact_is_smaller_and_reads_the_same(tmp_path, features):
+    def made(layout):
+        many = np.tile(features, (2, 1, 1, 1))
+        synthetic_store(tmp_path / layout, many, TARGETS * 2, SPLITS * 2, tier="int8", layout=layout, snr_db=10)
+        return open_store(tmp_path / layout)
+
+    fast, compact = made("fast"), made("compact")
+    rows = fast.rows("train")
+    out = np.empty((2, len(rows), 4, 7, 8), np.float32)
+    fast.arrays[LAYERS].read_into(out[0], rows)
+    compact.arrays[LAYERS].read_into(out[1], rows)
+    np.testing.assert_array_equal(out[0], out[1])
+
+
+def test_escapes_of_rejected_rows_are_not_kept(tmp_path, features):
+    features[3] = 6e4
+    scaling = {LAYERS: scaling_of(LAYERS), SUM: scaling_of(SUM)}
+    synthetic_store(tmp_path / "s", features, TARGETS, SPLITS, tier="int8", scaling=scaling, block_rows=4, rejected=[3])
+    value = zarr.open_array(tmp_path / "s/features.zarr/escapes" / LAYERS / "value", mode="r")[:]
+    assert len(value) > 0
+    assert not (value == 6e4).any()
+
+
+def test_a_store_without_exceptions_has_empty_lists(tmp_path):
+    values = np.random.default_rng(0).standard_normal((22, 4, 7, 8)).astype(np.float32)
+    synthetic_store(tmp_path / "s", values, TARGETS, SPLITS, tier="int8", layout="compact", block_rows=4)
+    root = tmp_path / "s/features.zarr/escapes" / LAYERS
+    assert zarr.open_array(root / "position", mode="r").shape == (7, 0, 4)
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / "value")}}
+    assert tensorstore.open(spec).result().shape == (7, 0)
+    store = open_store(tmp_path / "s")
+    codes = np.empty((1, 4, 7, 8), np.int8)
+    assert len(store.arrays[LAYERS].read_stored_into(codes, store.rows("val")[:1]).value) == 0
+    assert verify_store(store.path).problems == ()
+
+
+def test_escapes_of_a_block_without_rows_do_not_reach_the_next(tmp_path, features):
+    """Its buffers are used again."""
+    features[[0, 5]] *= 1e4
+    writer = synthetic_store(
+        tmp_path / "s",
+        features,
+        TARGETS,
+        SPLITS,
+        tier="int8",
+        scaling={LAYERS: scaling_of(LAYERS)},
+        block_rows=4,
+        gathers={"layers": range(4)},
+        blocks=[],
+        finish=False,
+    )
+    buffers = writer.new_buffers()
+    buffers[LAYERS].put(features[:1], [0])
+    writer.write_block(0, buffers, rejected=[], source_sha256={}, ranges={}, environment={})
+    buffers[LAYERS].put(features[1:2], [0])
+    line = writer.write_block(1, buffers, rejected=[], source_sha256={4: "0" * 64}, ranges={}, environment={})
+    expected = encode(features[1:2], scaling_of(LAYERS)).escapes
+    kept = buffers[LAYERS].take_escapes(1, np.ones(4, bool))
+    assert len(kept.value) == 0
+    chunks = [key for key in line.shards if key.startswith("escapes/")]
+    assert bool(chunks) == bool(len(expected.value))
+    assert not list((tmp_path / "s/features.zarr").glob("escapes/layers/*/value/c/0"))
