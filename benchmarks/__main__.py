@@ -1,5 +1,5 @@
-"""`python -m benchmarks [NAME …] [--quick] [--json FILE]`: extraction, comparison, memory, reading, opening, trials or
-integers."""
+"""`python -m benchmarks [NAME …] [--quick] [--json FILE]`: extraction, comparison, memory, reading, opening, trials,
+integers or codecs."""
 
 import argparse
 import json
@@ -187,6 +187,26 @@ def trials_table(records: Records) -> Table:
     return table
 
 
+def codecs_table(records: Records) -> Table:
+    table = _table(
+        "zstd by numcodecs against python-zstandard, two threads (above 1 numcodecs is faster)",
+        ("bytes a chunk", "decoding", "least to\ngreatest"),
+        ("numcodecs\nMB/s", "zstandard\nMB/s", "encoding", "least to\ngreatest", "numcodecs\nMB/s", "zstandard\nMB/s"),
+    )
+    for record in records:
+        cells = [f"{record['bytes_of_a_chunk']:,}"]
+        for way in ("decode", "encode"):
+            one = record[way]
+            cells += [
+                f"{one['ratio']:.2f}",
+                f"{one['ratio_least']:.2f} – {one['ratio_greatest']:.2f}",
+                f"{one['numcodecs_mb_per_s']:,.0f}",
+                f"{one['zstandard_mb_per_s']:,.0f}",
+            ]
+        table.add_row(*cells)
+    return table
+
+
 def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for position, column in enumerate(left + right):
@@ -196,6 +216,7 @@ def _table(title: str, left: tuple[str, ...], right: tuple[str, ...]) -> Table:
 
 def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records], Table | Group]]]:
     # Imported late: what is measured runs in processes of its own, which import this module again.
+    from benchmarks.codecs import measure_codecs
     from benchmarks.comparison import comparison_table, measure_comparison
     from benchmarks.extraction import measure_extraction
     from benchmarks.integers import integers_tables, measure_integers
@@ -212,6 +233,7 @@ def _benchmarks() -> dict[str, tuple[Callable[..., Records], Callable[[Records],
         "opening": (measure_opening, opening_tables),
         "trials": (measure_trials, trials_table),
         "integers": (measure_integers, integers_tables),
+        "codecs": (measure_codecs, codecs_table),
     }
 
 
@@ -221,7 +243,7 @@ def main(arguments: list[str] | None = None) -> None:
         "names",
         nargs="*",
         help="extraction (the default), comparison (with LoRA), memory (50,000 images), reading, opening, trials, "
-        "integers (quantised backbones)",
+        "integers (quantised backbones), codecs (zstd by two libraries)",
     )
     parser.add_argument("--quick", action="store_true", help="only see that they run: the numbers mean nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records too")

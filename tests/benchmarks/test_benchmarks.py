@@ -43,6 +43,15 @@ def test_quick_benchmarks_print_finite_ratios(tmp_path, capsys):
         assert f"{record['ratio']:.2f}" in printed
 
 
+def test_the_quick_benchmark_of_codecs_prints_a_ratio_per_chunk_size(tmp_path, capsys):
+    main(["codecs", "--quick", "--json", str(tmp_path / "records.json")])
+    printed = capsys.readouterr().out
+    for record in json.loads((tmp_path / "records.json").read_text())["codecs"]:
+        for way in ("decode", "encode"):
+            assert 0 < record[way]["ratio_least"] <= record[way]["ratio"] <= record[way]["ratio_greatest"] < math.inf
+            assert f"{record[way]['ratio']:.2f}" in printed
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_start")
 def test_the_quick_benchmark_of_integers_prints_ratios_to_float_and_shares_of_time(tmp_path, capsys):

@@ -1,18 +1,24 @@
 """The bytes of one chunk: values, in layout `compact` compressed by zstd, then their crc32c.
 
-These are Zarr's codecs `bytes`, `zstd` and `crc32c`. python-zstandard keeps its context between chunks, numcodecs makes
-a new one for each: at 12.5 kB a chunk that costs half of the decoding speed (`docs/log.md`).
+These are Zarr's codecs `bytes`, `zstd` and `crc32c`. Two libraries bind the same zstd and write the same frames; which
+one is called follows from the chunk's size alone. numcodecs decodes into the caller's buffer but makes a new context
+for every chunk, python-zstandard keeps its context but returns bytes that have to be copied: with chunks of 151 kB
+whole epochs by numcodecs run at 0.83 of python-zstandard's speed, with 76 kB at 0.77, and from some 400 kB on it is
+the faster one (`python -m benchmarks codecs`; `docs/log.md`, 2026-11-27).
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
 import numpy as np
 import zstandard
+from numcodecs import zstd as numcodecs_zstd
 
 CRC_BYTES = 4
 ZSTD_LEVEL = 1  # on codes it sits on their entropy; higher levels are slower and no smaller
+NUMCODECS_FROM_BYTES = 1 << 18
 
 _contexts = threading.local()
 
@@ -21,44 +27,73 @@ type Bytes = bytes | memoryview | np.ndarray[Any, Any]
 
 
 def checksum(data: Bytes) -> bytes:
-    """The crc32c of some bytes as Zarr stores it: little-endian."""
+    """Return the crc32c of some bytes as Zarr stores it: little-endian."""
     # google_crc32c takes no memoryview.
     value: int = google_crc32c.value(np.frombuffer(data, np.uint8) if isinstance(data, memoryview) else data)
     return value.to_bytes(CRC_BYTES, "little")
 
 
 def compress(values: Bytes) -> bytes:
-    """One zstd frame that states its content's size."""
+    """Return one zstd frame that states its content's size."""
+    if memoryview(values).nbytes >= NUMCODECS_FROM_BYTES:
+        large: bytes = numcodecs_zstd.compress(values, ZSTD_LEVEL)
+        return large
     if not hasattr(_contexts, "compressor"):
         _contexts.compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL)
-    data: bytes = _contexts.compressor.compress(values)
-    return data
+    small: bytes = _contexts.compressor.compress(values)
+    return small
 
 
 def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
-    """The content of one frame, of a size known before: nothing larger is ever allocated.
+    """Return the content of one frame, of a size known before: nothing larger is ever allocated.
 
     Raises:
         ValueError: the frame is damaged, or holds another number of bytes.
     """
+    content = bytearray(n_bytes)
+    _require_size(frame, n_bytes)
     try:
-        stated = zstandard.frame_content_size(frame)
-        if stated != n_bytes:
-            raise ValueError(f"it states {stated} bytes, not {n_bytes}")
-        data: bytes = decompressor().decompress(frame, max_output_size=n_bytes, allow_extra_data=False)
-    except zstandard.ZstdError as error:
+        frame_decoder(n_bytes)(memoryview(frame), memoryview(content))
+    except DECODE_ERRORS as error:
         raise ValueError(str(error)) from error
-    return data
+    return bytes(content)
 
 
-def decompressor() -> zstandard.ZstdDecompressor:
-    """This thread's own: it allocates what a frame states, so give it only frames that `decompress` has seen."""
+DECODE_ERRORS = (zstandard.ZstdError, RuntimeError, ValueError)
+
+
+def frame_decoder(n_bytes: int) -> Callable[[memoryview, memoryview], object]:
+    """Return this thread's way to decode frames of a content of `n_bytes`: it writes `frame` into `out` (byte).
+
+    It may allocate what a frame states, so give it only frames that `decompress` has seen. It raises `DECODE_ERRORS`,
+    or MemoryError, where one has been damaged since.
+    """
+    if n_bytes >= NUMCODECS_FROM_BYTES:
+
+        def decode_large(frame: memoryview, out: memoryview) -> None:
+            _require_size(frame, n_bytes)  # numcodecs leaves the rest of `out` as it was
+            numcodecs_zstd.decompress(frame, out)
+
+        return decode_large
     if not hasattr(_contexts, "decompressor"):
         _contexts.decompressor = zstandard.ZstdDecompressor()
-    found: zstandard.ZstdDecompressor = _contexts.decompressor
-    return found
+    decode = _contexts.decompressor.decompress
+
+    def decode_small(frame: memoryview, out: memoryview) -> None:
+        out[:] = decode(frame, max_output_size=n_bytes, allow_extra_data=False)
+
+    return decode_small
+
+
+def _require_size(frame: bytes | memoryview, n_bytes: int) -> None:
+    try:
+        stated = zstandard.frame_content_size(frame)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    if stated != n_bytes:
+        raise ValueError(f"it states {stated} bytes, not {n_bytes}")
 
 
 def largest_frame(n_bytes: int) -> int:
-    """The size that no zstd frame of so many bytes exceeds (ZSTD_compressBound)."""
+    """Return the size that no zstd frame of so many bytes exceeds (ZSTD_compressBound)."""
     return n_bytes + (n_bytes >> 8) + 128

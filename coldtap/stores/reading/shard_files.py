@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from zstandard import ZstdError
 
 from coldtap.errors import CorruptStoreError, MachineError
 from coldtap.stores.format.arrays import ArraySpec
-from coldtap.stores.format.chunks import CRC_BYTES, checksum, decompress, decompressor, largest_frame
+from coldtap.stores.format.chunks import CRC_BYTES, DECODE_ERRORS, checksum, decompress, frame_decoder, largest_frame
 from coldtap.stores.format.shards import ABSENT, ENTRY_BYTES
 from coldtap.stores.storage.files import open_regular
 from coldtap.stores.storage.threads import renew_after_fork
@@ -200,14 +199,14 @@ class ShardFile:
         """False where a frame that was intact is damaged now: to be read again, and told of."""
         starts = self.index.offsets[rows, run]
         ends = (starts + self.index.lengths[rows, run] - CRC_BYTES).tolist()
-        decode, n, to = decompressor().decompress, self._n_values, memoryview(out).cast("B")
+        decode, n, to = frame_decoder(self._n_values), self._n_values, memoryview(out).cast("B")
         try:
             for place, row_starts, row_ends in zip(at, starts.tolist(), ends, strict=True):
                 first = place * n * len(row_starts)
                 for start, end in zip(row_starts, row_ends, strict=True):
-                    to[first : first + n] = decode(frames[start:end], max_output_size=n)
+                    decode(frames[start:end], to[first : first + n])
                     first += n
-        except (ZstdError, ValueError, MemoryError):
+        except (*DECODE_ERRORS, MemoryError):
             self.index.checked[rows, run] = False
             return False
         return True
