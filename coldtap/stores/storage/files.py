@@ -10,19 +10,29 @@ MAX_SMALL_BYTES = 1 << 26  # a recipe, metadata, a chunk of scales or escapes; t
 READ_AT_ONCE = 1 << 22
 
 
-def open_regular(path: Path) -> int:
-    """A descriptor for reading.
+def open_regular(path: Path | str, *, folder: int | None = None, where: object = None) -> int:
+    """Return a descriptor for reading.
+
+    Args:
+        path: of the file.
+        folder: descriptor of the folder that the path is relative to.
+        where: what a message calls the file, if not by its path.
 
     Raises:
         OSError: the file is not there, or may not be opened.
         CorruptStoreError: a folder, pipe or device stands in its place.
     """
     # Opening a pipe would else wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0), dir_fd=folder)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise CorruptStoreError(f"{path} is not a regular file")
+        raise not_regular(where or path)
     return descriptor
+
+
+def not_regular(where: object) -> CorruptStoreError:
+    """Return the error of what is no file, and yet lies where one should."""
+    return CorruptStoreError(f"{where} is not a regular file")
 
 
 def read_small(path: Path) -> bytes:

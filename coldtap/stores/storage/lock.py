@@ -8,8 +8,7 @@ from types import TracebackType
 
 from coldtap.errors import StoreLockedError
 from coldtap.stores.storage.atomic import machine_errors
-
-LOCK_NAME = ".lock"
+from coldtap.stores.storage.contract import LOCK_NAME as LOCK_NAME
 
 
 class StoreLock:
@@ -19,13 +18,15 @@ class StoreLock:
     cannot hold it and the file's presence alone means nothing.
     """
 
-    def __init__(self, store: Path) -> None:
-        self._path = store / LOCK_NAME
+    def __init__(self, store: Path, *, folder: int | None = None) -> None:
+        """Take nothing yet; `folder` is an open descriptor of the store, which else is found by its path."""
+        self._path, self._folder = store / LOCK_NAME, folder
         self._descriptor = -1
 
     def __enter__(self) -> "StoreLock":
         with machine_errors(self._path):
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            place = self._path if self._folder is None else LOCK_NAME
+            self._descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o644, dir_fd=self._folder)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
