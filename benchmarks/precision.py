@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldtap.cli.signals import sigterm_interrupts
+from coldtap.stores.writing.stopping import sigterm_interrupts
 from coldtap.workflows.benchmark.processes import in_processes
 
 SETTINGS: dict[str, dict[str, str]] = {"linear": {"pool": "both"}, "mist": {}, "last": {}}

@@ -32,9 +32,9 @@ from benchmarks.quantised_cost import SCHEME, measure_latency
 from benchmarks.quantised_geometries import GeometryTask, run_geometry
 from benchmarks.quantised_tables import collect, draw, markdown
 from coldtap.cli.main import guarded
-from coldtap.cli.signals import sigterm_interrupts
 from coldtap.pipeline.images.sources.collection import find_datasets
 from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.writing.stopping import sigterm_interrupts
 from coldtap.workflows.benchmark.processes import in_processes
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from coldtap.adaptors.results import Cell, ResultTable, Row, table_text
 from coldtap.adaptors.training.plan import TrainingOptions
 from coldtap.cli.main import guarded
-from coldtap.cli.signals import sigterm_interrupts
 from coldtap.pipeline.images.sources.collection import find_datasets
 from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.writing.stopping import sigterm_interrupts
 from coldtap.workflows.benchmark.cell import Rules
 from coldtap.workflows.benchmark.contenders import make_contenders
 from coldtap.workflows.benchmark.processes import in_processes
