@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from coldtap.adaptors.networks.contract import FeatureSpec, NormSpec, copy_final_norm
@@ -108,6 +109,24 @@ def test_heads_must_divide_the_rank():
 
 def test_the_papers_parameter_count_on_vit_b():
     assert 48 * lsa_parameters(channels=768, rank=4) == 663_552
+
+
+@pytest.mark.parametrize(
+    ("modules", "rank", "norms", "bias", "expected"),
+    [
+        (48, 4, 1, False, 663_552),
+        (24, 8, 2, False, 663_552),
+        (18, 12, 0, False, 663_552),
+        (13, 16, 1, False, 658_944),
+        (26, 8, 0, True, 659_568),
+    ],
+)
+def test_the_papers_parameter_count_has_several_fits(modules, rank, norms, bias, expected):
+    module = LowRankAttention(channels=768, rank=rank, norm=False, bias=bias)
+    norm = nn.LayerNorm(768)
+    total = modules * (sum(p.numel() for p in module.parameters()) + norms * sum(p.numel() for p in norm.parameters()))
+    assert total == expected
+    assert round(total / 1e6, 2) == 0.66
 
 
 @pytest.mark.parametrize(

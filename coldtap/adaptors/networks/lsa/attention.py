@@ -117,6 +117,7 @@ class LowRankAttention(nn.Module):
 def lsa_parameters(*, channels: int, rank: int, norm: bool = True, bias: bool = False) -> int:
     """Returns the parameters of one LSA module: 4dr, 2d for its norm, 3r + d for biases.
 
-    At d=768, r=4, 48 of them hold 663,552: the 0.66 M that are reported for LAST on ViT-B/16.
+    At d=768, r=4, 48 of them hold 663,552: one of several fits to the 0.66 M that are reported for LAST on ViT-B/16
+    (docs/methods.md has the others).
     """
     return 4 * channels * rank + 2 * channels * norm + (3 * rank + channels) * bias
