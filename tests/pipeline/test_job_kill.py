@@ -122,7 +122,7 @@ def ends_as_undisturbed(start, store, undisturbed):
 
 
 def test_every_fault_point_has_a_first_death():
-    # A float store has no escapes: tests/test_convert.py.
+    # A float store has no escapes: tests/stores/convert/test_convert.py.
     assert {*FIRST_DEATH, "escapes-renamed"} == set(FAULT_POINTS)
 
 
