@@ -1,13 +1,13 @@
-"""What int8 costs in accuracy, and how accuracy falls with the bits a value: one resumable command.
+"""What int8 costs in accuracy, and how accuracy falls with the bits per value: one resumable command.
 
     python -m benchmarks.precision ../shared/data/downstream
 
 1. MIST and LAST from int8 at 30 dB against float32, paired: every set × seed is trained on both with the same start,
-   order and epochs; the mean difference of test accuracy with its 95 % interval over the pairs (Student's t).
+   order and epochs; the mean difference of test accuracy with its 95 % interval over sets (`benchmarks.intervals`).
 2. The curve: MIST (on the sum) and linear (on the last tap's tokens) on two sets, int8 compact from 4 to 40 dB,
-   float16 and float32; bits a value are those of the files.
+   float16 and float32; bits per value are those of the files.
 
-Nothing is chosen here: one learning rate an adaptor, the same for every tier.
+Nothing is chosen here: one learning rate per adaptor, the same for every tier.
 """
 
 import argparse
@@ -16,12 +16,13 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.intervals import paired
 from coldtap.stores.writing.stopping import sigterm_interrupts
 from coldtap.workflows.benchmark.processes import in_processes
 
@@ -33,8 +34,6 @@ CURVE_SETS = ("grocery", "sign-digits")
 CURVE_SEEDS = (0, 1, 2)
 CURVE_SNR_DB = (4, 8, 12, 16, 20, 25, 30, 35, 40)
 CURVE_ADAPTORS = ("linear", "mist")
-# Two-sided 95 % points of Student's t by degrees of freedom.
-T_95 = {4: 2.776, 9: 2.262, 14: 2.145, 19: 2.093, 24: 2.064}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,25 +136,22 @@ def whole_seeds(results: dict[Trial, dict[str, float]], work: Path, names: Seque
     return [s for s in SEEDS if all(trial(work, n, kept, adaptor, s) in results for n in names for kept in PAIR)]
 
 
-def paired(results: dict[Trial, dict[str, float]], work: Path, names: Sequence[str], adaptor: str) -> dict[str, Any]:
-    """The differences int8 − float32 in points of test accuracy, a pair each, and their interval."""
+def pair(results: dict[Trial, dict[str, float]], work: Path, names: Sequence[str], adaptor: str) -> dict[str, Any]:
+    """Return int8 − float32 in points of test accuracy, a pair per set, and every score by set and seed."""
     seeds = whole_seeds(results, work, names, adaptor)
 
-    def test(dataset: str, kept: Kept, seed: int) -> float:
-        return results[trial(work, dataset, kept, adaptor, seed)]["test"]
+    def tests(kept: Kept) -> dict[str, list[float]]:
+        return {name: [results[trial(work, name, kept, adaptor, seed)]["test"] for seed in seeds] for name in names}
 
-    differences = {name: [test(name, PAIR[1], seed) - test(name, PAIR[0], seed) for seed in seeds] for name in names}
-    pairs = [difference for of_set in differences.values() for difference in of_set]
-    mean = statistics.mean(pairs)
-    half = T_95[len(pairs) - 1] * statistics.stdev(pairs) / math.sqrt(len(pairs))
+    exact, int8 = (tests(kept) for kept in PAIR)
     return {
         "adaptor": adaptor,
         "seeds": len(seeds),
-        "float32": statistics.mean(test(name, PAIR[0], seed) for name in names for seed in seeds),
-        "int8": statistics.mean(test(name, PAIR[1], seed) for name in names for seed in seeds),
-        "difference": mean,
-        "interval": [mean - half, mean + half],
-        "by_set": {name: statistics.mean(of_set) for name, of_set in differences.items()},
+        "float32": statistics.mean(score for scores in exact.values() for score in scores),
+        "int8": statistics.mean(score for scores in int8.values() for score in scores),
+        **paired(int8, exact).to_dict(),
+        "by_set": {name: statistics.mean(int8[name]) - statistics.mean(exact[name]) for name in names},
+        "tests": {PAIR[0].name: exact, PAIR[1].name: int8},
     }
 
 
@@ -174,14 +170,16 @@ def curve(results: dict[Trial, dict[str, float]], work: Path) -> list[dict[str, 
                         "bits": bits["sum" if adaptor == "mist" else "layers"],
                         "test": statistics.mean(tests),
                         "deviation": statistics.stdev(tests),
+                        "tests": tests,
                     }
                 )
     return points
 
 
-def tables(pairs: list[dict[str, Any]], points: list[dict[str, Any]]) -> str:
+def pair_table(pairs: Sequence[Mapping[str, Any]]) -> str:
+    """Return int8 against float32, an adaptor per row, for docs/results.md."""
     lines = [
-        "| adaptor | seeds | float32 | int8, 30 dB | difference | 95 % interval |",
+        "| adaptor | seeds | float32 | int8, 30 dB | difference | 95 % over sets |",
         "| --- | --: | --: | --: | --: | --: |",
     ]
     for pair in pairs:
@@ -190,7 +188,12 @@ def tables(pairs: list[dict[str, Any]], points: list[dict[str, Any]]) -> str:
             f"| {pair['adaptor']} | {pair['seeds']} | {pair['float32']:.2f} | {pair['int8']:.2f} "
             f"| {pair['difference']:+.2f} | {low:+.2f} … {high:+.2f} |"
         )
-    lines += ["", "| set | adaptor | kept as | bits a value | test |", "| --- | --- | --- | --: | --: |"]
+    return "\n".join(lines)
+
+
+def curve_table(points: Sequence[Mapping[str, Any]]) -> str:
+    """Return accuracy by bits per value; a ± is of starts."""
+    lines = ["| set | adaptor | kept as | bits per value | test |", "| --- | --- | --- | --: | --: |"]
     for point in points:
         lines.append(
             f"| {point['set']} | {point['adaptor']} | {point['kept']} | {point['bits']:.2f} "
@@ -259,11 +262,12 @@ def main() -> None:
         with sigterm_interrupts():
             run_all(todo, arguments.jobs)
     results = finished(todo)
-    pairs, points = [paired(results, work, names, adaptor) for adaptor in ("mist", "last")], curve(results, work)
+    pairs, points = [pair(results, work, names, adaptor) for adaptor in ("mist", "last")], curve(results, work)
     (work / "precision.json").write_text(json.dumps({"pairs": pairs, "curve": points}, indent=1))
-    (work / "precision.md").write_text(tables(pairs, points) + "\n")
+    text = f"{pair_table(pairs)}\n\n{curve_table(points)}\n"
+    (work / "precision.md").write_text(text)
     draw(points, work / "precision.png")
-    print(f"\n{tables(pairs, points)}\n\nalso in {work}/precision.md, precision.json and precision.png")
+    print(f"\n{text}\nalso in {work}/precision.md, precision.json and precision.png")
 
 
 if __name__ == "__main__":

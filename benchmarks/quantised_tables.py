@@ -13,6 +13,8 @@ LABELS = {FLOAT: "float32", "none": "base", "qwt": "QwT", "cwac": "CWAC", "store
 # Okabe and Ito's colours, which the colour-blind tell apart.
 COLOURS = {"none": "#999999", "qwt": "#e69f00", "cwac": "#0072b2"}
 COMPARED = (("cwac", "qwt"), ("cwac", "none"), ("qwt", "none"), ("none", FLOAT), ("qwt", FLOAT), ("cwac", FLOAT))
+# What is quantised is narrower than in the literature, whose W4A4 has integers inside attention too.
+WIDTH = "width (attention products in float32)"
 OWN, TO_QUANTISED, TO_FLOAT = "quantised to quantised", "float to quantised", "quantised to float"
 
 type Record = dict[str, Any]
@@ -60,6 +62,7 @@ def _accuracy(cells: Cells, scheme: str, method: str) -> Record:
     """Percent: the own task's, and each adaptor's mean over sets, a number a seed."""
     of = cells[scheme, method]
     series: Series = {seed: record["adaptors"] for seed, record in of.items()}
+    tests = _by_set_and_seed(series)
     return {
         "scheme": scheme,
         "method": method,
@@ -67,19 +70,20 @@ def _accuracy(cells: Cells, scheme: str, method: str) -> Record:
         "own": [100 * record["own"]["top1"] for record in of.values()],
         **{adaptor: _by_seed(series, [adaptor]) for adaptor in ADAPTORS},
         "both": _by_seed(series, list(ADAPTORS)),
-        "by_set": {
-            name: {
-                adaptor: 100 * statistics.mean(record["adaptors"][name][adaptor] for record in of.values())
-                for adaptor in ADAPTORS
-            }
-            for name in next(iter(of.values()))["adaptors"]
-        },
+        "by_set": {name: {a: statistics.mean(of_set[a]) for a in ADAPTORS} for name, of_set in tests.items()},
+        "tests": tests,
         "seconds": [record["seconds"] for record in of.values()],
     }
 
 
 def _by_seed(series: Series, adaptors: Sequence[str]) -> list[float]:
     return [100 * statistics.mean(of_set[a] for of_set in sets.values() for a in adaptors) for sets in series.values()]
+
+
+def _by_set_and_seed(series: Series) -> dict[str, dict[str, list[float]]]:
+    """Every score in percent: by set and adaptor, a number per seed."""
+    names = next(iter(series.values()))
+    return {n: {a: [100 * sets[n][a] for sets in series.values()] for a in ADAPTORS} for n in names}
 
 
 def _compared(cells: Cells, scheme: str, left: str, right: str) -> Record | None:
@@ -108,7 +112,8 @@ def _crossed(cells: Cells, schemes: Sequence[str]) -> Record:
         for way, directions in ways.items():
             for direction, series in directions.items():
                 scores = {adaptor: _by_seed(series, [adaptor]) for adaptor in ADAPTORS}
-                rows.append({"scheme": scheme, "compensation": way, "direction": direction, **scores})
+                kept = {**scores, "tests": _by_set_and_seed(series)}
+                rows.append({"scheme": scheme, "compensation": way, "direction": direction, **kept})
                 if way != "none":
                     gain = {a: pair_series(series, ways["none"][direction], [a]) for a in ADAPTORS}
                     gains.append({"scheme": scheme, "compensation": way, "direction": direction, **gain})
@@ -179,8 +184,11 @@ def _accuracy_table(found: Record) -> str:
         [row["scheme"].upper() or "–", LABELS[row["method"]], *(_spread(row[key]) for key in keys)]
         for row in found["accuracy"]
     ]
-    header = ["width", "compensation", "own task, top-1", *ADAPTORS, "mean of adaptors"]
-    return f"Accuracy in percent, mean ± deviation of calibration seeds:\n\n{_table(header, rows, 2)}"
+    header = [WIDTH, "compensation", "own task, top-1", *ADAPTORS, "mean of adaptors"]
+    said = (
+        "Accuracy in percent, mean ± deviation of seeds (of calibration and start; the next table has how sets vary):"
+    )
+    return f"{said}\n\n{_table(header, rows, 2)}"
 
 
 def _difference_table(found: Record) -> str:
@@ -193,10 +201,10 @@ def _difference_table(found: Record) -> str:
         ]
         for row in found["differences"]
     ]
-    header = ["width", "difference", "own task", *ADAPTORS, "mean of adaptors"]
+    header = [WIDTH, "difference", "own task", *ADAPTORS, "mean of adaptors"]
     said = (
-        "Differences in points with 95 % intervals: of the own task a pair a test image, its mean over seeds (how they "
-        "vary is left out); of adaptors a pair a set, its mean over seeds, by Student's t:"
+        "Differences in points with 95 % intervals: of adaptors over sets (a pair per set, its mean over seeds, "
+        "Student's t); the own task is one set: its intervals are over test images and leave out how seeds vary:"
     )
     return f"{said}\n\n{_table(header, rows, 2)}" if rows else ""
 
@@ -218,7 +226,7 @@ def _crossed_tables(found: Record) -> str:
         if gains:
             cells = [_difference(gains[direction][a]) for a in ADAPTORS for direction in directions]
             gained.append([scheme.upper(), LABELS[way], *cells])
-    header = ["width", "compensation", *(f"{a}, {direction}" for a in ADAPTORS for direction in directions)]
+    header = [WIDTH, "compensation", *(f"{a}, {direction}" for a in ADAPTORS for direction in directions)]
     return (
         f"Trained on … to used on …, test accuracy in percent:\n\n{_table(header, lines, 2)}\n\n"
         f"Against the base quantiser in the same direction, in points:\n\n{_table(header, gained, 2)}"
@@ -248,7 +256,7 @@ def _cost_table(found: Record) -> str:
                 *speed,
             ]
         )
-    header = ["width", "compensation", "parameters", "after folding", "MB", "of float32's", "images/s", "of float32's"]
+    header = [WIDTH, "compensation", "parameters", "after folding", "MB", "of float32's", "images/s", "of float32's"]
     said = ["Cost of the compensation and of the backbone:"]
     if latency is not None:
         said.append(
@@ -265,7 +273,7 @@ def _geometry_table(found: Record) -> str:
         last = [f"{taps[method][-1]:.1f}" for method in METHODS]
         means = [f"{statistics.mean(taps[method]):.1f}" for method in METHODS]
         rows.append([row["model"], row["scheme"].upper(), str(row["n_images"]), *last, *means])
-    header = ["random weights", "width", "images", *(f"last tap, {LABELS[m]}" for m in METHODS)]
+    header = ["random weights", WIDTH, "images", *(f"last tap, {LABELS[m]}" for m in METHODS)]
     header += [f"mean of taps, {LABELS[m]}" for m in METHODS]
     said = "Signal-to-noise ratio in dB, on images that nothing was fitted on:"
     return f"{said}\n\n{_table(header, rows, 2)}" if rows else ""

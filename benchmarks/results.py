@@ -3,11 +3,15 @@
     python -m benchmarks.results ../shared/data/downstream              # the table of docs/results.md
     python -m benchmarks.results DATA --sets grocery --epochs 4 --no-lora   # a part of it
 
+A ± is of starts alone: no adaptor here has dropout, and all seeds share one order of samples. How a difference varies
+over sets is what `benchmarks.intervals` gives.
+
 The adaptors go the way of `coldtap benchmark`, LoRA that of `benchmarks.lora`: the same images, protocol, learning
 rates, seeds, epochs, batches and schedule. Killed and started again, it goes on where it was.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -16,6 +20,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from benchmarks.intervals import Difference, paired
 from coldtap.adaptors.results import Cell, ResultTable, Row, table_text
 from coldtap.adaptors.training.plan import TrainingOptions
 from coldtap.cli.main import guarded
@@ -43,6 +48,8 @@ LEARNING_RATES = (1e-3, 4e-3, 1.6e-2)
 N_SEEDS = 3
 EPOCHS = 8
 LORA = "lora"
+REFERENCES = ("linear", LORA)  # every mean is held against these, pair by pair
+CLOSEST = ("last", LORA, "mist", "combo")  # the highest means, held against each other
 # Okabe and Ito's colours, which the colour-blind tell apart, in the order of the columns.
 COLOURS = ("#000000", "#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 
@@ -111,23 +118,56 @@ def with_lora(table: ResultTable, tasks: Sequence[LoraTask], jobs: int) -> Resul
 
 
 def markdown(table: ResultTable) -> str:
-    """The table, its costs, and what was chosen, for docs/results.md."""
+    """Return the table, its costs, what was chosen and the differences of pairs, for docs/results.md."""
     lines = [_line(["set", *table.adaptors]), _line(["---", *["--:"] * len(table.adaptors)])]
     lines += [_line([row.name, *_scores(row, table)]) for row in table.rows()]
     lines += [_line([f"**{row.name}**", *(f"**{score}**" for score in _scores(row, table))]) for row in table.means()]
+    references = [name for name in REFERENCES if name in table.adaptors]
+    lines += [_line([f"difference from {name}, 95 % over sets", *_against(name, table)]) for name in references]
     by_adaptor = {name: [c for c in table.in_order() if c.adaptor == name and not c.failure] for name in table.adaptors}
     spans = [sorted(cell.parameters for cell in cells) for cells in by_adaptor.values()]
     lines.append(_line(["parameters", *(f"{span[0]:,} – {span[-1]:,}" if span else "–" for span in spans)]))
     sizes = [max((cell.bytes_per_sample for cell in cells), default=0) for cells in by_adaptor.values()]
-    lines.append(_line(["bytes a sample", *(f"{size:,.0f}" if size else "–" for size in sizes)]))
+    lines.append(_line(["bytes per sample", *(f"{size:,.0f}" if size else "–" for size in sizes)]))
     means = [statistics.mean(cell.seconds for cell in cells) if cells else 0 for cells in by_adaptor.values()]
-    lines.append(_line(["seconds a set, all trainings", *(f"{mean:.0f}" for mean in means)]))
+    lines.append(_line(["seconds per set, all trainings", *(f"{mean:.0f}" for mean in means)]))
     lines += ["", _line(["chosen on val", *table.adaptors]), _line(["---", *["--:"] * len(table.adaptors)])]
     for row in table.rows():
         cells = [table.cell(row.name, adaptor) for adaptor in table.adaptors]
         lines.append(_line([row.name, *(cell.chosen if cell and not cell.failure else "–" for cell in cells)]))
+    lines += ["", *_pair_lines(table)]
     lines += [f"- {reason}" for reason in table.failures()]
     return "\n".join(lines) + "\n"
+
+
+def difference(table: ResultTable, left: str, right: str) -> Difference | None:
+    """Return left − right in points over the sets that have both; None where there is none."""
+    found = {name: (table.cell(name, left), table.cell(name, right)) for name in table.rows_in_order()}
+    both = {name: (a.test, b.test) for name, (a, b) in found.items() if a and b and a.test and b.test}
+    if not both:
+        return None
+    sides = [{name: [100 * score for score in tests[side]] for name, tests in both.items()} for side in (0, 1)]
+    return paired(sides[0], sides[1])
+
+
+def _against(reference: str, table: ResultTable) -> list[str]:
+    differences = [None if name == reference else difference(table, name, reference) for name in table.adaptors]
+    return ["–" if found is None else str(found) for found in differences]
+
+
+def _pair_lines(table: ResultTable) -> list[str]:
+    """The highest means against each other, with each set's own difference."""
+    names = table.rows_in_order()
+    pairs = itertools.combinations([name for name in CLOSEST if name in table.adaptors], 2)
+    lines = [_line(["points", "mean", "95 % over sets", *names]), _line(["---", *["--:"] * (2 + len(names))])]
+    for left, right in pairs:
+        found = difference(table, left, right)
+        if found is None:
+            continue
+        of_sets = [difference(replace(table, datasets=(name,)), left, right) for name in names]
+        each = ["–" if of_set is None else f"{of_set.mean:+.2f}" for of_set in of_sets]
+        lines.append(_line([f"{left} − {right}", f"{found.mean:+.2f}", found.span or "–", *each]))
+    return lines
 
 
 def _line(parts: Sequence[str]) -> str:
@@ -169,6 +209,14 @@ def draw(table: ResultTable, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, metadata={"Software": None})
     plt.close(figure)
+
+
+def read_results(path: Path) -> ResultTable:
+    """Return the table that `write_results` has kept."""
+    kept = json.loads(path.read_bytes())
+    cells = [Cell(**{**cell, "test": tuple(cell["test"]), "val": tuple(cell["val"])}) for cell in kept["cells"]]
+    datasets, adaptors = tuple(kept["budget"]["sets"]), tuple(kept["budget"]["adaptors"])
+    return ResultTable(title=path.stem, about=(), datasets=datasets, adaptors=adaptors, cells=tuple(cells))
 
 
 def write_results(table: ResultTable, budget: Mapping[str, object], work: Path) -> None:
