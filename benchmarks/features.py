@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.format.arrays import ArraySpec, Geometry
+from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.targets import targets_bytes
@@ -38,23 +39,25 @@ def write_store(path: Path, spec: ArraySpec, n_samples: int, values: Values) -> 
     for block in range(plan.n_blocks):
         _write_block(writer, block, values)
     targets = [sample % N_CLASSES for sample in order]
-    label = targets_bytes([ids[sample] for sample in order], targets, None, order=recipe.rows["order"])
+    label = targets_bytes([ids[sample] for sample in order], targets, None, order=recipe.rows.order)
     writer.finish(ids, ids.__getitem__, {"label": label})
 
 
 def _recipe(spec: ArraySpec, plan: RowPlan, ids: Sequence[str]) -> Recipe:
     taps = [{"name": f"z{tap}", **spec.geometry.to_dict()} for tap in range(spec.taps[-1] + 1)]
-    return Recipe(
-        extractor={"architecture": "made", "taps": taps},
-        rows={"listing": "0" * 64, "order": plan.order_digest(ids), "views": 0, "splits": {"train": plan.n_samples}},
-        encoding={
+    order, splits = plan.order_digest(ids), {"train": plan.n_samples}
+    parts = {
+        "extractor": {"architecture": "made", "taps": taps},
+        "rows": {"listing": "0" * 64, "order": order, "views": 0, "splits": splits},
+        "encoding": {
             "gathers": {spec.gather: list(spec.taps)},
             "tier": spec.tier,
             "scales": scales_rule(None, 0),
             "layout": spec.layout,
             "block_rows": spec.block_rows,
         },
-    )
+    }
+    return Recipe.from_parts(parts, where="a benchmark's store")
 
 
 def _write_block(writer: StoreWriter, block: int, values: Values) -> None:

@@ -23,7 +23,8 @@ import numpy as np
 from benchmarks.features import ManyFew, Noise, write_store
 from benchmarks.machine import own_process, peak_bytes, resident_bytes
 from coldtap.stores import Store, StoredArray, open_store
-from coldtap.stores.format.arrays import Geometry, plan_arrays
+from coldtap.stores.format.arrays import plan_arrays
+from coldtap.stores.format.geometry import Geometry
 
 BATCH_SIZE = 64
 GOAL_S = 1.0

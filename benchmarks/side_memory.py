@@ -21,7 +21,7 @@ from benchmarks.machine import describe_machine, machine_line, own_process, peak
 from coldtap.adaptors.networks import last, mist
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.networks.kinds import ADAPTORS
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 
 BATCH = 32
 DEPTH = {"reference": 9, "ViT-B": 12}

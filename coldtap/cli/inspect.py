@@ -11,6 +11,7 @@ from coldtap.cli.compensate import gain_lines
 from coldtap.cli.errors import show_errors, show_share
 from coldtap.cli.options import AsJson
 from coldtap.stores.format.codes import describe_bound
+from coldtap.stores.format.tiers import TIERS
 from coldtap.text import show_bytes
 
 
@@ -81,7 +82,7 @@ def _origin(about: dict[str, Any]) -> str:
     """The store that this one was converted from, and what its own errors were."""
     origin = about["recorded"]["converted_from"]
     text = f"from {origin['tier']}, {origin['layout']}, digest {origin['digest'][:12]}"
-    if origin["tier"] != "int8":
+    if not TIERS[origin["tier"]].is_coded:
         return text
     if origin["scales"] == about["recipe"]["encoding"]["scales"]:
         return f"{text}, with its codes"

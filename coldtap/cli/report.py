@@ -57,7 +57,7 @@ def _thumbnails(store: "StoreReport", source: Path | None) -> "Thumbnails":
     opened = open_store(store.path)
     place = source or Path(opened.recorded["source"])
     try:
-        images = open_source(place, labels="optional", seed=opened.recipe.rows["seed"])
+        images = open_source(place, labels="optional", seed=opened.recipe.rows.seed or 0)
         shown = dict(_shown(images, opened.samples, wanted))
     except (ColdtapError, OSError) as error:
         return Thumbnails(images={}, note=f"There are no images: {error} (--source names another place).")

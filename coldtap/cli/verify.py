@@ -54,7 +54,7 @@ def _digests_of(source: Path, store: Any) -> Any:
     from coldtap.pipeline.images.decode import BadImageError, content_digest
     from coldtap.pipeline.images.sources import open_source
 
-    images = open_source(source, labels="optional", seed=store.recipe.rows["seed"])
+    images = open_source(source, labels="optional", seed=store.recipe.rows.seed or 0)
     places = {sample: index for index, sample in enumerate(images.listing.ids)}
 
     def digest(sample: str) -> str | None:

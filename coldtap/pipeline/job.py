@@ -29,10 +29,10 @@ from coldtap.pipeline.run.environment import describe_environment, require_same_
 from coldtap.pipeline.run.in_process import run_blocks
 from coldtap.pipeline.run.rejections import Rejections
 from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
-from coldtap.stores.format.arrays import Layout, Tier
 from coldtap.stores.format.codes import ErrorBound
 from coldtap.stores.format.journal import JournalLine, read_line
 from coldtap.stores.format.recipe import Recipe
+from coldtap.stores.format.tiers import Layout, TierName
 from coldtap.stores.reading.recipe_file import read_recipe, require_extraction, require_same_recipe
 from coldtap.stores.reading.store import open_store
 from coldtap.stores.reading.stored_numbers import stored_numbers
@@ -59,7 +59,7 @@ def cache_features(
     taps: str = "all",
     gather: Sequence[str] | None = None,
     sum_at: str | None = None,
-    tier: Tier = "float16",
+    tier: TierName = "float16",
     layout: Layout | None = None,
     snr: float | None = None,
     max_error: float | None = None,
@@ -368,9 +368,9 @@ def _splits(path: Path, recipe: Recipe | None, listing: Listing) -> Sequence[str
 
     The cut is stratified by label, so corrected labels would move it, and labels are no part of a recipe.
     """
-    if recipe is None or not listing.val_is_cut or recipe.rows["listing"] != listing.fingerprint:
+    if recipe is None or not listing.val_is_cut or recipe.rows.listing != listing.fingerprint:
         return listing.splits
-    if recipe.rows.get("val") != "cut from train" or not is_complete(path):
+    if recipe.rows.val != "cut from train" or not is_complete(path):
         return listing.splits
     stored = open_store(path).splits_by_id()
     return [stored.get(sample, split) for sample, split in zip(listing.ids, listing.splits, strict=True)]

@@ -17,7 +17,6 @@ from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Listing, Source
 from coldtap.stores.format.arrays import ArraySpec
-from coldtap.stores.format.canonical import digest_of
 from coldtap.stores.format.recipe import differing_fields
 from coldtap.stores.format.rows import Row
 
@@ -75,8 +74,8 @@ class Predictor:
             device=device,
             preprocess=Preprocess.from_dict(extractor["preprocess"]),
         )
-        if digest_of(backbone.extractor()) != info.extractor_digest:
-            fields = differing_fields(extractor, backbone.extractor())
+        if backbone.extractor().digest != info.extractor_digest:
+            fields = differing_fields(extractor, backbone.extractor().to_dict())
             raise ModelError(
                 f"{run} was trained on features of another extractor; give the --model, --checkpoint or --quantized it "
                 f"was made with. Fields that differ (trained on → given): {'; '.join(fields)}"
@@ -95,7 +94,7 @@ class Predictor:
             block_rows=1,
         )
         parts = [part.values.float() for part in gather(self.backbone(pixels), [spec])]
-        return parts[0] if needed.gather == "sum" else torch.stack(parts, dim=1)
+        return torch.stack(parts, dim=1) if spec.gathered_as.has_tap_axis else parts[0]
 
     def predict(self, images: Source, samples: Sequence[int], batch_size: int) -> Iterator[tuple[int, Answer | str]]:
         """What is said of each sample, or why its image cannot be used."""

@@ -32,7 +32,7 @@ def draw_components(store: Store, images: Path, out: Path) -> None:
     taps = _chosen_taps(array.taps)
     rows = store.rows("test")[:N_FIT]
     shown = _one_a_class(store.targets(rows))
-    side = store.recipe.extractor["preprocess"]["width"]
+    side = store.recipe.extractor.preprocess["width"]
     pixels = [_resized(images / name, side) for name in store.sample_ids(rows[shown])]
     figure = Figure(figsize=(1.15 * len(shown) + 1.2, 1.2 * (len(taps) + 1) + 0.9), layout="constrained")
     axes = figure.subplots(len(taps) + 1, len(shown), squeeze=False)

@@ -223,7 +223,7 @@ def test_overrides_of_the_preprocessing_reach_the_recipe(tmp_path, images):
     options = ("--crop-pct", "0.5", "--crop-mode", "center", "--interpolation", "bilinear")
     numbers = ("--mean", "0.1,0.2,0.3", "--std", "1,2,3", "--device", "cpu", "--gather", "pooled")
     assert coldtap("cache-features", images, tmp_path / "s", *options, *numbers).exit_code == 0
-    assert open_store(tmp_path / "s").recipe.extractor["preprocess"] == {
+    assert open_store(tmp_path / "s").recipe.extractor.preprocess == {
         "height": 32,
         "width": 32,
         "crop_pct": 0.5,
@@ -264,7 +264,7 @@ def test_inspect_as_json_holds_the_same_and_is_true(store):
     assert (about["complete"], about["digest"], about["n_rows"]) == (True, opened.digest, 46)
     assert about["n_bytes"] == sum(path.stat().st_size for path in store.rglob("*") if path.is_file())
     assert about["splits"]["val"] == {"samples": 6, "augmented_rows": 0, "labels": {"day": 3, "night": 3}}
-    assert about["recipe"]["extractor"] == opened.recipe.extractor
+    assert about["recipe"]["extractor"] == opened.recipe.extractor.to_dict()
     rows = opened.samples["row"].to_pylist()
     for array in about["arrays"]:
         values = read(opened.arrays[array["name"]], rows)

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.format.arrays import ArraySpec, Geometry, Layout, Tier, plan_arrays
+from coldtap.stores.format.arrays import ArraySpec, calibration_rows, plan_arrays
 from coldtap.stores.format.codes import ErrorBound, Scaling, choose_scaling
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.journal import Rejection
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.targets import targets_bytes
-from coldtap.stores.format.tiers import Numbers, scales_rule
-from coldtap.stores.writing.calibration import calibration_rows
+from coldtap.stores.format.tiers import Layout, Numbers, TierName, scales_rule
 from coldtap.stores.writing.writer import StoreWriter
 
 GEOMETRY = Geometry(grid=(2, 3), prefix_tokens=1, channels=8)
@@ -34,7 +34,7 @@ def synthetic_store(
     *,
     geometries: Mapping[int, Geometry] | None = None,
     gathers: Mapping[str, Sequence[int]] | None = None,
-    tier: Tier = "float32",
+    tier: TierName = "float32",
     layout: Layout = "fast",
     snr_db: float = 30,
     scaling: Mapping[str, Scaling] | None = None,
@@ -66,26 +66,27 @@ def synthetic_store(
         specs = tuple(_with_rows(spec, block_rows) for spec in specs)
     keep = [split for split in ("train", "val", "test") if split in splits]
     plan = RowPlan.of(ids, splits, keep=keep, views=views, seed=0, block_rows=specs[0].block_rows)
-    recipe = Recipe(
-        extractor={
+    parts = {
+        "extractor": {
             "architecture": "synthetic",
             "taps": [{"name": f"z{i}", **g.to_dict()} for i, g in geometries.items()],
             **(extractor or {}),
         },
-        rows={
+        "rows": {
             "listing": "0" * 64,
             "views": views,
             "splits": {s: len(o) for s, o in plan.order.items()},
             **(rows or {}),
         },
-        encoding={
+        "encoding": {
             "gathers": {name: list(taps) for name, taps in gathers.items()},
             "tier": tier,
             "scales": scales_rule(ErrorBound(snr_db=snr_db) if tier == "int8" else None, calibration_rows(specs)),
             "layout": layout,
             "block_rows": specs[0].block_rows,
         },
-    )
+    }
+    recipe = Recipe.from_parts(parts, where=str(path))
     writer = StoreWriter(path, recipe, specs, plan)
     recorded = {"environment": {"device": "none"}, "model": "synthetic", "source": "memory"}
     numbers = {spec.name: _numbers(spec, values[0], ErrorBound(snr_db=snr_db), scaling or {}) for spec in specs}
@@ -152,7 +153,7 @@ def gathered(spec: ArraySpec, taps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any
     return np.concatenate([chosen[:, :prefix], chosen[:, prefix:].mean(axis=1, keepdims=True)], axis=1)
 
 
-def encode(values: np.ndarray[Any, Any], tier: Tier) -> np.ndarray[Any, Any]:
+def encode(values: np.ndarray[Any, Any], tier: TierName) -> np.ndarray[Any, Any]:
     if tier == "bfloat16":
         bits = values.astype(np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)

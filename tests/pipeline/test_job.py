@@ -239,8 +239,8 @@ def test_the_recipe_names_the_augmentation_only_where_there_are_views(tmp_path):
     images = in_memory(train=8, val=4)
     cache(images, tmp_path / "a", views=1, augmentation=Augmentation(flip=0.25))
     cache(images, tmp_path / "b")
-    assert open_store(tmp_path / "a").recipe.rows["augmentation"]["flip"] == 0.25
-    assert open_store(tmp_path / "b").recipe.rows["augmentation"] is None
+    assert open_store(tmp_path / "a").recipe.rows.augmentation["flip"] == 0.25
+    assert open_store(tmp_path / "b").recipe.rows.augmentation is None
 
 
 def test_resume_takes_the_batch_size_that_the_store_began_with(tmp_path):
@@ -506,8 +506,8 @@ def test_int8_keeps_every_value_within_its_bound(tmp_path, layout):
     report = cache(images, tmp_path / "s", tier="int8", layout=layout, snr=25)
     assert report.status == "written"
     exact, store = open_store(tmp_path / "exact"), open_store(tmp_path / "s")
-    rule = store.recipe.encoding["scales"]
-    assert (rule["snr_db"], rule["calibration_rows"], store.recipe.encoding["layout"]) == (25, 128, layout)
+    rule = store.recipe.encoding.scales
+    assert (rule["snr_db"], rule["calibration_rows"], store.recipe.encoding.layout) == (25, 128, layout)
     assert set(store.recorded["errors"]) == {name for name in store.arrays if not name.startswith("pooled")}
     for name, array in store.arrays.items():
         if array.spec.tier != "int8":

@@ -68,7 +68,7 @@ def test_a_row_order_digest_is_that_of_splits_and_ids(tmp_path):
 
     def order(splits, seed=0):
         plan = plan_job(source, backbone, splits=splits, augmentation=None, seed=seed, **how)
-        return plan.recipe.rows["order"]
+        return plan.recipe.rows.order
 
     splits = source.listing.splits
     assert order(splits) == order(splits)

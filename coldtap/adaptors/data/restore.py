@@ -47,7 +47,7 @@ class StoredTaps:
     def __init__(self, store: Store, spec: FeatureSpec, maps: TapMaps | None = None) -> None:
         """Holds the array; `maps` are of the taps of `spec`, and are applied to what is restored."""
         self._array, self._maps = store.arrays[spec.array], maps
-        self._taps = None if spec.gather == "sum" else spec.taps
+        self._taps = spec.taps if self._array.spec.gathered_as.has_tap_axis else None
         self.row_shape = spec.row_shape
         self.dtype = TORCH_DTYPES[self._array.spec.dtype.str]
         self.bytes_per_row = prod(spec.row_shape) * self.dtype.itemsize

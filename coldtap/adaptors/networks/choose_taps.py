@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from coldtap.adaptors.networks.contract import FeatureSpec, arrays_of, describe_gathers, refuse_stage_network, spec_of
 from coldtap.errors import MissingFeaturesError, OptionError
 from coldtap.stores import Store, StoredArray
-from coldtap.stores.format.arrays import Gather
+from coldtap.stores.format.gathers import GATHERS, GatherName
 
 
-def find_tap(store: Store, tap: int, gathers: Sequence[Gather], *, adaptor: str) -> tuple[StoredArray, int]:
+def find_tap(store: Store, tap: int, gathers: Sequence[GatherName], *, adaptor: str) -> tuple[StoredArray, int]:
     """Finds one tap, of whatever geometry.
 
     Args:
@@ -30,7 +30,7 @@ def find_tap(store: Store, tap: int, gathers: Sequence[Gather], *, adaptor: str)
             return array, wanted
     held = sorted({tap for array in arrays for tap in array.taps})
     # All taps of `pooled` are still 1 % of the bytes; of `layers` one tap is a tenth of all.
-    taps = "all" if gathers[0] == "pooled" or not 0 <= wanted <= store.depth else wanted
+    taps = "all" if GATHERS[gathers[0]].has_patch_mean or not 0 <= wanted <= store.depth else wanted
     raise MissingFeaturesError(
         f"{adaptor} needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.path} holds "
         f"{describe_gathers(store)}{f', there with taps {held}: choose with --set tap=N, or' if held else ':'} "

@@ -24,7 +24,8 @@ from torch import nn
 from coldtap.adaptors.networks.heads import FrozenNorm, NormKind
 from coldtap.errors import MissingFeaturesError
 from coldtap.stores import FinalNorm, Store, StoredArray
-from coldtap.stores.format.arrays import GATHERS, Gather, Geometry
+from coldtap.stores.format.gathers import GATHERS, GatherName
+from coldtap.stores.format.geometry import Geometry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +41,7 @@ class FeatureSpec:
     """Which numbers of a store an adaptor reads, and their shape; `predict` gathers the same from a backbone."""
 
     array: str
-    gather: Gather
+    gather: GatherName
     taps: tuple[int, ...]
     depth: int
     geometry: Geometry
@@ -49,11 +50,7 @@ class FeatureSpec:
     @property
     def row_shape(self) -> tuple[int, ...]:
         """Shape of one sample's features, without the batch axis."""
-        geometry = self.geometry
-        if self.gather == "sum":
-            return (geometry.tokens, geometry.channels)
-        tokens = geometry.prefix_tokens + 1 if self.gather == "pooled" else geometry.tokens
-        return (len(self.taps), tokens, geometry.channels)
+        return GATHERS[self.gather].row_shape(self.geometry, len(self.taps))
 
     def to_dict(self) -> dict[str, Any]:
         """The specification as JSON, for `run.json`."""
@@ -103,9 +100,9 @@ class EpochAware(Protocol):
         """Is called before the first step of an epoch, from 1 to `epochs`; not again when an epoch is gone on with."""
 
 
-def any_gather(_: object) -> tuple[Gather, ...]:
+def any_gather(_: object) -> tuple[GatherName, ...]:
     """Returns all gathers: for an adaptor that does not say which it reads."""
-    return GATHERS
+    return tuple(GATHERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +123,10 @@ class AdaptorKind[OptionsT]:
     count: Count[OptionsT]
     lr: float
     cannot_stack: str = ""
-    gathers: Callable[[OptionsT], tuple[Gather, ...]] = any_gather
+    gathers: Callable[[OptionsT], tuple[GatherName, ...]] = any_gather
 
 
-def arrays_of(store: Store, gather: Gather) -> list[StoredArray]:
+def arrays_of(store: Store, gather: GatherName) -> list[StoredArray]:
     """Returns a store's arrays of one gather."""
     return [array for array in store.arrays.values() if array.gather == gather]
 
@@ -145,12 +142,11 @@ def refuse_stage_network(store: Store, *, adaptor: str) -> None:
     Raises:
         MissingFeaturesError: The backbone is a stage network, such as Swin, ConvNeXt or ResNet.
     """
-    taps = store.recipe.extractor["taps"]
-    shapes = {(*tap["grid"], tap["prefix_tokens"], tap["channels"]) for tap in taps}
-    if len(shapes) > 1 or any(tap["name"].startswith("stage") for tap in taps):
+    taps = store.recipe.extractor.taps
+    if len({tap.geometry for tap in taps}) > 1 or any(tap.name.startswith("stage") for tap in taps):
         raise MissingFeaturesError(
             f"{adaptor} needs taps of one geometry, z0 … zN; {store.path} holds the stages of a stage network "
-            f"({store.recipe.extractor['architecture']}): use --adaptor linear, or a ViT backbone"
+            f"({store.recipe.extractor.architecture}): use --adaptor linear, or a ViT backbone"
         )
 
 

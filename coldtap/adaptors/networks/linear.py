@@ -11,7 +11,7 @@ from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, spec_of
 from coldtap.adaptors.networks.heads import ClassifierHead
 from coldtap.adaptors.networks.parts import HeadOptions, build_head, count_head, settle_head
 from coldtap.stores import Store
-from coldtap.stores.format.arrays import Gather
+from coldtap.stores.format.gathers import GATHERS, GatherName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ def count_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -
     return count_head(spec, options, n_classes=n_classes)
 
 
-def gathers_linear(options: LinearOptions) -> tuple[Gather, ...]:
+def gathers_linear(options: LinearOptions) -> tuple[GatherName, ...]:
     """Returns `pooled`, or `layers` where every token is looked at."""
     # The mean of normalised tokens cannot be had from a stored mean.
     every_token = options.pool == "tokens" or (options.norm_at == "before" and options.norm != "none")
@@ -75,7 +75,7 @@ def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, Line
 
 def build_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -> LinearProbe:
     """Builds the probe from shapes and planned options."""
-    return LinearProbe(head=build_head(spec, options, n_classes=n_classes), pooled=spec.gather == "pooled")
+    return LinearProbe(head=build_head(spec, options, n_classes=n_classes), pooled=GATHERS[spec.gather].has_patch_mean)
 
 
 LINEAR = AdaptorKind(

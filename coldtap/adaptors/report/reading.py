@@ -96,7 +96,7 @@ def _store_report(
         digest=first.settings.store_digest,
         target=first.settings.target,
         problem=problem,
-        encoding=None if store is None else f"{store.recipe.encoding['tier']}, {store.recipe.encoding['layout']}",
+        encoding=None if store is None else f"{store.recipe.encoding.tier}, {store.recipe.encoding.layout}",
         runs=tuple(run for group in by_setting(runs) for run in group),
     )
 

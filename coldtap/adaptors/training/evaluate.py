@@ -105,7 +105,7 @@ def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bo
     Raises:
         StoreError: They differ in others, or in these without leave.
     """
-    extractor = store.recipe.extractor
+    extractor = store.recipe.extractor.to_dict()
     if others := differences_beyond_arithmetic(info.extractor, extractor):
         raise StoreError(
             f"{store.path} is of another extractor than {run} was trained on: {'; '.join(others)}: give a store of "

@@ -161,7 +161,7 @@ def _info(
         versions=_versions(),
         store=str(store.path),
         model=store.recorded["model"],
-        extractor=dict(store.recipe.extractor),
+        extractor=store.recipe.extractor.to_dict(),
         adaptor_sha256=sha256(weights),
         mixing=None if train.mixing is None else str(train.mixing),
         trials=trials,

@@ -21,7 +21,8 @@ from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.backbones.taps import TapReader, geometries_of, read_taps_of
 from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
 from coldtap.pipeline.images.preprocess import Preprocess, normalise
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.extractor import ExtractorPart, Tap
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import differing_fields
 
@@ -63,17 +64,17 @@ class Backbone:
         """N, the index of the last tap."""
         return len(self.geometries) - 1
 
-    def extractor(self) -> dict[str, Any]:
-        """The extractor part of a recipe: all that decides what a tap's numbers mean."""
+    def extractor(self) -> ExtractorPart:
+        """Return the extractor part of a recipe: all that decides what a tap's numbers mean."""
         names = self.taps.names()
-        return {
-            "architecture": self.architecture,
-            "weights": self.weights,
-            "quantisation": self.quantisation and dict(self.quantisation),
-            "precision": self.precision,
-            "preprocess": self.preprocess.to_dict(),
-            "taps": [{"name": names[i], **geometry.to_dict()} for i, geometry in self.geometries.items()],
-        }
+        return ExtractorPart(
+            architecture=self.architecture,
+            weights=self.weights,
+            quantisation=self.quantisation and dict(self.quantisation),
+            precision=self.precision,
+            preprocess=self.preprocess.to_dict(),
+            taps=tuple(Tap(name=names[i], geometry=geometry) for i, geometry in self.geometries.items()),
+        )
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
         """All taps of images.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from coldtap.errors import ModelError
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 
 
 class TapReader(Protocol):

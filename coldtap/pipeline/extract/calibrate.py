@@ -64,7 +64,7 @@ def _add(
     samples: CalibrationSamples, spec: ArraySpec, part: Gathered, batch: DecodedBatch, usable: Sequence[int]
 ) -> None:
     """Take what is needed of one tap of one array."""
-    values = part.values.float() if spec.tier == "int8" else None
+    values = part.values.float() if spec.kept_as.is_coded else None
     for image in usable:
         largest = max(float(part.high[image]), -float(part.low[image]))
         chosen = None

@@ -1,6 +1,6 @@
 """From features on a device to the stored numbers of a block, in each array's tier."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from coldtap.pipeline.extract.gather import Gathered
 from coldtap.stores.format.codes import MAX_CODE, Escapes
-from coldtap.stores.format.tiers import FLOAT16_MAX
+from coldtap.stores.format.tiers import TierName
 from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
+
+# The dtype in torch of tiers whose numbers numpy holds as bits.
+VIEWED_AS: Mapping[TierName, torch.dtype] = {"bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +30,10 @@ class BlockEncoder:
 
     def __init__(self, buffers: BlockBuffers, device: torch.device) -> None:
         self._encoders = {
-            name: _CodeEncoder(buffer, device) if buffer.spec.tier == "int8" else _FloatEncoder(buffer)
+            name: _CodeEncoder(buffer, device) if buffer.spec.kept_as.is_coded else _FloatEncoder(buffer)
             for name, buffer in buffers.items()
         }
+        self._tiers = {name: buffer.spec.tier for name, buffer in buffers.items()}
         self._ranges: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in buffers}
 
     def write(self, part: Gathered, places: Sequence[int], flaws: dict[int, Flaw]) -> None:
@@ -51,7 +55,7 @@ class BlockEncoder:
     def _note(self, part: Gathered, flaws: dict[int, Flaw], limit: float) -> None:
         lows, highs = part.low.tolist(), part.high.tolist()
         for image, (low, high) in enumerate(zip(lows, highs, strict=True)):
-            if image not in flaws and (flaw := _flaw(part, low, high, limit)):
+            if image not in flaws and (flaw := _flaw(part, low, high, limit, self._tiers[part.array])):
                 flaws[image] = flaw
         kept = [image for image in range(len(lows)) if image not in flaws]
         if kept:
@@ -64,7 +68,7 @@ class BlockEncoder:
         return {name: [list(taps[p]) for p in sorted(taps)] for name, taps in self._ranges.items()}
 
 
-def _flaw(part: Gathered, low: float, high: float, limit: float) -> Flaw | None:
+def _flaw(part: Gathered, low: float, high: float, limit: float, tier: TierName) -> Flaw | None:
     where = f"{part.array.split('/')[0]} at tap {part.tap}"
     if low != low or high != high:
         return Flaw(reason=f"NaN in {where}", tap=part.tap)
@@ -72,7 +76,7 @@ def _flaw(part: Gathered, low: float, high: float, limit: float) -> Flaw | None:
         return Flaw(reason=f"infinity in {where}", tap=part.tap)
     # Rounding to nearest reaches infinity half a unit above the largest float16.
     if max(-low, high) > limit:
-        return Flaw(reason=f"{max(-low, high):.3g} in {where} overflows the float16 tier", tap=part.tap)
+        return Flaw(reason=f"{max(-low, high):.3g} in {where} overflows the {tier} tier", tap=part.tap)
     return None
 
 
@@ -80,14 +84,14 @@ class _FloatEncoder:
     """float32, float16 and bfloat16."""
 
     def __init__(self, buffer: ArrayBuffer) -> None:
-        self._tier, self._exponents = buffer.spec.tier, buffer.numbers.exponents
+        self._tier, self._exponents = buffer.spec.kept_as, buffer.numbers.exponents
         self._rows = _by_tap(buffer.shard.values)
-        if self._tier == "bfloat16":
-            self._rows = self._rows.view(torch.bfloat16)
+        if as_bits := VIEWED_AS.get(buffer.spec.tier):
+            self._rows = self._rows.view(as_bits)
 
     def limit(self, place: int) -> float:
         """The largest |x| that can be kept."""
-        return FLOAT16_MAX * 2.0 ** self._exponents[place] if self._tier == "float16" else float("inf")
+        return self._tier.limit(self._exponents[place])
 
     def write(self, values: Tensor, place: int, rows: Sequence[int]) -> None:
         """Keep the values (batch, token, channel) of one tap."""

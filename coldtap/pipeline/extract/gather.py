@@ -4,13 +4,14 @@ Sums accumulate in float32. Every tap that is used is checked for non-finite val
 device that has it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.gathers import GatherName
 
 
 @dataclass(slots=True, kw_only=True)
@@ -44,31 +45,41 @@ def gather(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathe
         taps: every tap of the backbone, (batch, token, channel) each.
         specs: the arrays to fill.
     """
-    by_gather: dict[str, list[ArraySpec]] = {"layers": [], "sum": [], "pooled": []}
+    for name, gathered in GATHERED.items():
+        if some := [spec for spec in specs if spec.gather == name]:
+            yield from gathered(taps, some)
+
+
+def _layers(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
     for spec in specs:
-        by_gather[spec.gather].append(spec)
-    for spec in by_gather["layers"]:
         for position, tap in enumerate(spec.taps):
             yield Gathered(array=spec.name, tap=tap, position=position, values=taps[tap])
-    for spec in by_gather["pooled"]:
+
+
+def _pooled(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
+    for spec in specs:
         for position, tap in enumerate(spec.taps):
             values = pooled(taps[tap], spec.geometry.prefix_tokens)
             yield Gathered(array=spec.name, tap=tap, position=position, values=values)
-    yield from _sums(taps, {spec.taps[0]: spec for spec in by_gather["sum"]})
 
 
-def _sums(taps: Sequence[Tensor], specs: Mapping[int, ArraySpec]) -> Iterator[Gathered]:
-    if not specs:
-        return
+def _sums(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
+    """One running sum for all arrays; what is yielded is valid until the next is asked for."""
+    by_last = {spec.taps[0]: spec for spec in specs}
     total = taps[0].float().clone()
-    for k in range(max(specs) + 1):
+    for k in range(max(by_last) + 1):
         if k > 0:
             total += taps[k]
-        if k in specs:
-            yield Gathered(array=specs[k].name, tap=k, position=None, values=total)
+        if k in by_last:
+            yield Gathered(array=by_last[k].name, tap=k, position=None, values=total)
 
 
 def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:
     """Prefix tokens and the mean of the patch tokens: (batch, prefix + 1, channel) float32."""
     values = tap.float()
     return torch.cat([values[:, :prefix_tokens], values[:, prefix_tokens:].mean(dim=1, keepdim=True)], dim=1)
+
+
+type _Gathering = Callable[[Sequence[Tensor], Sequence[ArraySpec]], Iterator[Gathered]]
+# How each gather of `coldtap.stores.format.gathers` is computed. Sums come last: they write to one tensor in turn.
+GATHERED: Mapping[GatherName, _Gathering] = {"layers": _layers, "pooled": _pooled, "sum": _sums}

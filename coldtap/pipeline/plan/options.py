@@ -13,8 +13,8 @@ from coldtap.pipeline.backbones.backbone import Backbone, Precision, load_backbo
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Source, open_source
 from coldtap.pipeline.plan.plan import JobPlan, plan_job
-from coldtap.stores.format.arrays import Layout, Tier
 from coldtap.stores.format.codes import ErrorBound
+from coldtap.stores.format.tiers import Layout, TierName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class JobDescription:
     taps: str
     gather: Sequence[str] | None
     sum_at: str | None
-    tier: Tier
+    tier: TierName
     layout: Layout | None
     bound: ErrorBound | None
     split: Sequence[str] | None

@@ -9,12 +9,14 @@ from coldtap.pipeline.backbones.backbone import Backbone
 from coldtap.pipeline.images.preprocess import Augmentation
 from coldtap.pipeline.images.sources import Source
 from coldtap.pipeline.plan.tap_choice import choose_gathers
-from coldtap.stores.format.arrays import ArraySpec, Layout, Tier, plan_arrays
+from coldtap.stores.format.arrays import ArraySpec, plan_arrays
 from coldtap.stores.format.codes import ErrorBound
 from coldtap.stores.format.encoding import Encoding
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import SPLITS, RowPlan
+from coldtap.stores.format.rows_part import RowsPart
 from coldtap.stores.format.targets import targets_bytes
+from coldtap.stores.format.tiers import Layout, TierName
 from coldtap.stores.format.types import TargetKind
 
 
@@ -46,7 +48,7 @@ class JobPlan:
             n_classes = 1 + max(label for labels in values for label in labels)
         return {
             "label": targets_bytes(
-                ids, targets, listing.class_names, kind=kind, n_classes=n_classes, order=self.recipe.rows["order"]
+                ids, targets, listing.class_names, kind=kind, n_classes=n_classes, order=self.recipe.rows.order
             )
         }
 
@@ -59,7 +61,7 @@ def plan_job(
     taps: str,
     gather: Sequence[str] | None,
     sum_at: str | None,
-    tier: Tier,
+    tier: TierName,
     layout: Layout | None,
     bound: ErrorBound | None,
     split: Sequence[str] | None,
@@ -97,15 +99,15 @@ def plan_job(
     drawn = augmentation or Augmentation()
     recipe = Recipe(
         extractor=backbone.extractor(),
-        rows={
-            "listing": listing.fingerprint,
-            "splits": {name: len(samples) for name, samples in rows.order.items()},
-            "val": "cut from train" if source.listing.val_is_cut else "given",
-            "order": rows.order_digest(listing.ids),
-            "seed": seed,
-            "views": views,
-            "augmentation": drawn.to_dict() if views else None,
-        },
+        rows=RowsPart(
+            listing=listing.fingerprint,
+            splits={name: len(samples) for name, samples in rows.order.items()},
+            val="cut from train" if source.listing.val_is_cut else "given",
+            order=rows.order_digest(listing.ids),
+            seed=seed,
+            views=views,
+            augmentation=drawn.to_dict() if views else None,
+        ),
         encoding=encoding.to_recipe(gathers, specs),
     )
     return JobPlan(

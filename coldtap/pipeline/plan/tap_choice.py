@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from coldtap.errors import ModelError, OptionError
-from coldtap.stores.format.arrays import GATHERS
+from coldtap.stores.format.gathers import GATHERS
 
 
 def choose_gathers(
@@ -34,7 +34,7 @@ def choose_gathers(
         asked.remove("sum")
     chosen = parse_taps(taps, depth, option="--taps")
     sums = (depth,) if sum_at is None else parse_taps(sum_at, depth, option="--sum-at")
-    return {name: sums if name == "sum" else chosen for name in asked}
+    return {name: sums if GATHERS[name].takes_sums else chosen for name in asked}
 
 
 def parse_taps(text: str, depth: int, *, option: str) -> tuple[int, ...]:

@@ -160,12 +160,12 @@ def _require_options(name: str, split: str, max_rows: int | None, folds: int, ri
 def _require_float_twin(store: Store, other: Store) -> None:
     """Refuse stores that are not of one backbone, once in float and once not."""
     old, new = store.recipe.extractor, other.recipe.extractor
-    if fields := differences_beyond_arithmetic(old, new):
+    if fields := differences_beyond_arithmetic(old.to_dict(), new.to_dict()):
         raise StoreError(
             f"{store.path} and {other.path} are not of one backbone: {'; '.join(fields)}: give a float store of the "
             "same backbone"
         )
-    if new.get("quantisation") is not None:
+    if new.quantisation is not None:
         raise StoreError(f"{other.path} is of a quantised backbone itself: give a store of the float one")
     if old == new:
         raise StoreError(f"{store.path} and {other.path} are of one extractor: there is nothing to compensate")
@@ -174,7 +174,7 @@ def _require_float_twin(store: Store, other: Store) -> None:
 def _origin(store: Store, other: Store) -> dict[str, Any]:
     return {
         "float_store": {"address": other.recipe.address, "digest": other.digest},
-        "store": {"address": store.recipe.address, "tier": store.recipe.encoding["tier"]},
+        "store": {"address": store.recipe.address, "tier": store.recipe.encoding.tier},
     }
 
 
@@ -243,7 +243,8 @@ class _Pairs:
 
 def _same_views(store: Store, other: Store) -> bool:
     """Whether augmented views of a sample are the same crops in both."""
-    return all(store.recipe.rows.get(key) == other.recipe.rows.get(key) for key in ("seed", "augmentation"))
+    old, new = store.recipe.rows, other.recipe.rows
+    return (old.seed, old.augmentation) == (new.seed, new.augmentation)
 
 
 def _keys(table: pa.Table) -> pa.ChunkedArray:

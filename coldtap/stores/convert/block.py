@@ -12,7 +12,6 @@ from coldtap.errors import InterruptedRunError
 from coldtap.stores.convert.rows import Origin, Rows, origin_of
 from coldtap.stores.format.codes import Encoded, Escapes, Floats
 from coldtap.stores.format.journal import JournalLine, Rejection
-from coldtap.stores.format.tiers import FLOAT16_MAX
 from coldtap.stores.reading.array import StoredArray
 from coldtap.stores.reading.store import Store
 from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
@@ -113,7 +112,7 @@ def fill(
         Rows that cannot be kept, the reason and the tap.
     """
     places = (rows - first).tolist()
-    if same_codes and array.spec.tier == "int8":
+    if same_codes and array.spec.kept_as.is_coded:
         buffer.put_codes(read_codes(array, rows), places)
         return []
     values = read_values(array, rows)
@@ -141,13 +140,13 @@ def read_codes(array: StoredArray, rows: Rows) -> Encoded:
 
 
 def _overflows(buffer: ArrayBuffer, values: Floats, rows: Rows) -> Iterator[tuple[int, str, int]]:
-    """Rows with a value that float16 does not reach at its scale, as extraction rejects them."""
+    """Rows with a value that the tier does not reach at its scale, as extraction rejects them."""
     spec = buffer.spec
-    if spec.tier != "float16":
+    limits = np.array([spec.kept_as.limit(exponent) for exponent in buffer.numbers.exponents])
+    if np.isinf(limits).all():
         return
     by_tap = values.reshape(*values.shape[:2], -1)
     largest = np.maximum(by_tap.max(axis=2), -by_tap.min(axis=2))
-    limits = FLOAT16_MAX * 2.0 ** np.array(buffer.numbers.exponents)
     for at, place in np.argwhere(largest > limits).tolist():
         where = f"{spec.gather} at tap {spec.taps[place]}"
-        yield int(rows[at]), f"{largest[at, place]:.3g} in {where} overflows the float16 tier", spec.taps[place]
+        yield int(rows[at]), f"{largest[at, place]:.3g} in {where} overflows the {spec.tier} tier", spec.taps[place]

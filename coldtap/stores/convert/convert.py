@@ -6,7 +6,7 @@ Blocks are written as extraction writes them: a conversion that died anywhere go
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log10
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,15 @@ from coldtap.errors import CorruptStoreError, InterruptedRunError, OptionError, 
 from coldtap.stores.convert.block import Conversion, convert_block
 from coldtap.stores.convert.rows import row_plan, sample_columns
 from coldtap.stores.convert.scales import Trial, try_first_rows
-from coldtap.stores.format.arrays import ArraySpec, Layout, Tier, geometries_of_recipe, plan_arrays
+from coldtap.stores.format.arrays import ArraySpec, plan_arrays
 from coldtap.stores.format.codes import ErrorBound, describe_bound
 from coldtap.stores.format.compensation import compensation_file
 from coldtap.stores.format.encoding import Encoding
+from coldtap.stores.format.encoding_part import EncodingPart
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.targets import TARGETS
+from coldtap.stores.format.tiers import TIERS, Layout, TierName
 from coldtap.stores.reading.recipe_file import read_recipe, require_same_recipe
 from coldtap.stores.reading.store import Store, open_store
 from coldtap.stores.reading.stored_numbers import stored_numbers
@@ -79,7 +81,7 @@ def convert_store(
     store: str | Path,
     new: str | Path,
     *,
-    tier: Tier,
+    tier: TierName,
     layout: Layout | None = None,
     snr: float | None = None,
     max_error: float | None = None,
@@ -111,7 +113,7 @@ def convert_store(
         if is_complete(path):
             return plan.report(path, "unchanged", digest=open_store(path).digest)
         _require_same_origin(path, found[1], plan.source)
-    if all(plan.recipe.encoding[key] == plan.source.recipe.encoding[key] for key in ("tier", "layout", "scales")):
+    if _how_kept(plan.recipe.encoding) == _how_kept(plan.source.recipe.encoding):
         raise OptionError(f"{store} is of tier {tier} in layout {plan.encoding.layout} already: copy the folder")
     work = _Work(path=path, plan=plan, recorded=found[1] if found else None, told=reporter or Silence())
     return work.run(dry_run=dry_run)
@@ -158,9 +160,9 @@ class _Plan:
         """The report; of a store that is there, with what it has recorded."""
         there = None if digest is None else open_store(path)
         recorded = there.recorded.get("errors", {}) if there else errors or {}
-        before, after = self.source.recipe.encoding["scales"], self.recipe.encoding["scales"]
+        before, after = self.source.recipe.encoding.scales, self.recipe.encoding.scales
         n_rows = there.n_rows if there else self.source.n_rows
-        coded = self.source.recipe.encoding["tier"] == "int8"
+        coded = TIERS[self.source.recipe.encoding.tier].is_coded
         return ConvertReport(
             store=path,
             status=status,
@@ -170,7 +172,7 @@ class _Plan:
             n_overflown=self.source.n_rows - n_rows,
             exact=self.same_codes,
             added_errors={} if self.same_codes else {spec.name: _by_tap(spec, recorded) for spec in self.specs},
-            bound=describe_bound(after) if self.encoding.tier == "int8" else None,
+            bound=describe_bound(after) if TIERS[self.encoding.tier].is_coded else None,
             source_bound=describe_bound(before) if coded else None,
             together=_together(before, after) if coded and not self.same_codes else None,
             forecast=ahead,
@@ -182,7 +184,7 @@ class _Plan:
         origin = {
             "address": self.source.recipe.address,
             "digest": self.source.digest,
-            **{key: self.source.recipe.encoding[key] for key in ("tier", "layout", "scales")},
+            **_how_kept(self.source.recipe.encoding),
             "errors": old.get("errors", {}),
         }
         if "converted_from" in old:
@@ -191,32 +193,34 @@ class _Plan:
         return {**kept, "errors": old.get("errors", {}) if self.same_codes else errors, "converted_from": origin}
 
 
-def _plan(source: Store, tier: Tier, layout: Layout | None, bound: ErrorBound | None) -> _Plan:
+def _how_kept(encoding: EncodingPart) -> dict[str, Any]:
+    return {"tier": encoding.tier, "layout": encoding.layout, "scales": encoding.scales}
+
+
+def _plan(source: Store, tier: TierName, layout: Layout | None, bound: ErrorBound | None) -> _Plan:
     encoding, old = Encoding.choose(tier, layout, bound), source.recipe.encoding
-    gathers = old["gathers"]
-    specs = plan_arrays(geometries_of_recipe(source.recipe.extractor), gathers, tier, encoding.layout)
-    asked = encoding.to_recipe(gathers, specs)
+    specs = plan_arrays(source.recipe.extractor.geometries, old.gathers, tier, encoding.layout)
+    asked = encoding.to_recipe(old.gathers, specs)
     # Codes without a new bound keep their own, with whatever rule set their scales.
-    same_codes = old["tier"] == tier == "int8" and (bound is None or old["scales"] == asked["scales"])
-    if same_codes:
-        asked["scales"] = old["scales"]
-    if lineage := _lineage(old, same_codes=same_codes):
-        asked["from"] = lineage
+    same_codes = old.tier == tier and TIERS[tier].is_coded and (bound is None or old.scales == asked.scales)
+    scales = old.scales if same_codes else asked.scales
+    asked = replace(asked, scales=scales, origin=_lineage(old, same_codes=same_codes))
     recipe = Recipe(extractor=source.recipe.extractor, rows=source.recipe.rows, encoding=asked)
     rows = row_plan(source, specs[0].block_rows)
     return _Plan(source=source, encoding=encoding, same_codes=same_codes, specs=specs, rows=rows, recipe=recipe)
 
 
-def _lineage(old: Mapping[str, Any], *, same_codes: bool) -> dict[str, Any] | None:
+def _lineage(old: EncodingPart, *, same_codes: bool) -> Mapping[str, Any] | None:
     """What a new recipe says of the old store, where that had lost something already.
 
     Features that were codes once must never pass for features that were kept exactly: they get an address of their own.
     """
     if same_codes:
-        return old.get("from")
-    if old["tier"] == "float32" and "from" not in old:
+        return old.origin
+    if TIERS[old.tier].is_exact and old.origin is None:
         return None
-    return {key: old[key] for key in ("tier", "scales", "from") if key in old}
+    before = {} if old.origin is None else {"from": old.origin}
+    return {"tier": old.tier, "scales": old.scales, **before}
 
 
 def _by_tap(spec: ArraySpec, errors: Errors) -> list[dict[str, Any]]:

@@ -57,7 +57,7 @@ def origin_of(source: Store, plan: RowPlan, block: int) -> Origin:
     """
     place = max(i for i, segment in enumerate(plan.segments) if segment.first_block <= block)
     new, old = plan.segments[place], source.segments[place]
-    old_block_rows = source.recipe.encoding["block_rows"]
+    old_block_rows = source.recipe.encoding.block_rows
     start = (block - new.first_block) * plan.block_rows
     first = old.first_block * old_block_rows + start
     rows = range(first, first + min(plan.block_rows, new.n_samples - start))
@@ -133,5 +133,5 @@ def sample_columns(source: Store) -> tuple[Column, Column]:
 
 
 def _planned_rows(source: Store, segment: Segment) -> Rows:
-    first = segment.first_block * source.recipe.encoding["block_rows"]
+    first = segment.first_block * source.recipe.encoding.block_rows
     return np.arange(first, first + segment.n_samples)

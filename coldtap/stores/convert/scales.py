@@ -13,7 +13,7 @@ from coldtap.stores.convert.rows import Rows
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunks import CRC_BYTES
 from coldtap.stores.format.codes import ErrorBound, worst_channels
-from coldtap.stores.format.tiers import Numbers, restore
+from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.reading.store import Store
 from coldtap.stores.writing.block import ArrayBuffer
 from coldtap.stores.writing.calibration import COMPRESSED_ROWS, CalibrationSamples
@@ -72,7 +72,7 @@ def try_first_rows(
         if spec.layout == "compact":
             n_frames = sealed.pieces[0].nbytes - len(rows) * spec.chunks_per_row * CRC_BYTES
             compressed[spec.name] = n_frames / (len(rows) * spec.bytes_per_row)
-        if spec.tier in ("float16", "bfloat16") and not overflown:
+        if not (spec.kept_as.is_exact or spec.kept_as.is_coded or overflown):
             # Rounding is alike in all rows, those that set the exponents too.
             errors[spec.name] = _rounding(source, buffer, rows)
     return Trial(
@@ -91,7 +91,7 @@ def _calibrate(
     for row in rows:
         for spec in specs:
             (values,) = read_values(source.arrays[spec.name], row[None])
-            tokens = samples.tokens(spec, int(row)) if spec.tier == "int8" else None
+            tokens = samples.tokens(spec, int(row)) if spec.kept_as.is_coded else None
             for place, tap in enumerate(values):
                 largest = max(float(tap.max()), -float(tap.min()))
                 samples.add(spec.name, place, largest, None if tokens is None else tap[tokens])
@@ -112,7 +112,7 @@ def _rounding(source: Store, buffer: ArrayBuffer, rows: Rows) -> list[dict[str, 
     spec = buffer.spec
     values = read_values(source.arrays[spec.name], rows)
     restored = np.empty(values.shape, np.float32)
-    restore(buffer.shard.values.reshape(values.shape), restored, spec.tier, buffer.numbers)
+    spec.kept_as.restore(buffer.shard.values.reshape(values.shape), restored, buffer.numbers)
     if np.array_equal(values, restored):
         return []
     return worst_channels(values, restored, prefix_tokens=spec.geometry.prefix_tokens)

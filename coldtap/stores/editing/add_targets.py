@@ -95,7 +95,7 @@ def _table(
         kind=kind,
         n_classes=n_classes,
         grid=new.grid,
-        order=store.recipe.rows.get("order") if len(ids) == sum(store.recipe.rows["splits"].values()) else None,
+        order=store.recipe.rows.order if len(ids) == store.recipe.rows.n_samples else None,
     )
 
 
@@ -169,7 +169,7 @@ def _integers(what: str, sample: str, value: Any, kind: TargetKind) -> Integers:
 
 def _common_grid(store: Store, what: str, ids: Sequence[str], maps: Sequence[Integers]) -> tuple[int, int] | None:
     """The grid of all maps, which is that of a geometry of the store."""
-    grids = sorted({(int(tap["grid"][0]), int(tap["grid"][1])) for tap in store.recipe.extractor["taps"]})
+    grids = sorted({tap.grid for tap in store.recipe.extractor.taps})
     wanted = [maps[0].shape] if maps and maps[0].shape in grids else grids
     for sample, found in zip(ids, maps, strict=True):
         if found.shape not in wanted:

@@ -15,7 +15,7 @@ from zarr.storage import MemoryStore
 
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunks import ZSTD_LEVEL
-from coldtap.stores.format.codes import ABSENT_CODE, SCALE_OF_STEP, Floats, Scaling
+from coldtap.stores.format.codes import SCALE_OF_STEP, Floats, Scaling
 from coldtap.stores.format.escapes import CHUNK, NOWHERE
 from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.norm import FinalNorm
@@ -79,16 +79,6 @@ def _require_groups(root: zarr.Group, array: str) -> None:
         root.require_group("/".join(parts[:depth]))
 
 
-# A missing chunk (an absent row) reads as NaN in any Zarr reader, never as zeros; 0xFFFF is a NaN of bfloat16, and no
-# value has the code −128.
-FILL: Mapping[str, float | int] = {
-    "float32": float("nan"),
-    "float16": float("nan"),
-    "bfloat16": 0xFFFF,
-    "int8": ABSENT_CODE,
-}
-
-
 def _create_array(root: zarr.Group, spec: ArraySpec, n_rows: int, numbers: Numbers) -> None:
     compressed = [ZstdCodec(level=ZSTD_LEVEL)] if spec.layout == "compact" else []
     root.create_array(
@@ -103,7 +93,7 @@ def _create_array(root: zarr.Group, spec: ArraySpec, n_rows: int, numbers: Numbe
         ),
         compressors=None,
         filters=None,
-        fill_value=FILL[spec.tier],
+        fill_value=spec.kept_as.fill_value,
         dimension_names=spec.dimensions,
         attributes={
             "gather": spec.gather,

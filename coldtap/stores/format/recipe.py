@@ -6,11 +6,15 @@ kept. What a run finds out (scales, ranges, library versions) is recorded beside
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from coldtap.errors import CorruptStoreError
+from coldtap.errors import CorruptStoreError, OptionError
+from coldtap.stores.format.arrays import ArraySpec, plan_arrays
 from coldtap.stores.format.canonical import canonical_json, digest_of
+from coldtap.stores.format.encoding_part import EncodingPart
+from coldtap.stores.format.extractor import ExtractorPart
+from coldtap.stores.format.rows_part import RowsPart
 
 FORMAT = 1
 PARTS = ("extractor", "rows", "encoding")
@@ -18,41 +22,47 @@ PARTS = ("extractor", "rows", "encoding")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Three canonical JSON objects; the address is the hash of their digests."""
+    """Three parts; the address is the hash of their digests."""
 
-    extractor: Mapping[str, Any]
-    rows: Mapping[str, Any]
-    encoding: Mapping[str, Any]
+    extractor: ExtractorPart
+    rows: RowsPart
+    encoding: EncodingPart
+
+    @property
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Each part as JSON, by its name."""
+        return {
+            "extractor": self.extractor.to_dict(),
+            "rows": self.rows.to_dict(),
+            "encoding": self.encoding.to_dict(),
+        }
 
     @property
     def extractor_digest(self) -> str:
         """SHA-256 of the extractor part: what adaptors and `predict` compare."""
-        return digest_of(self.extractor)
+        return self.extractor.digest
 
     @property
     def digests(self) -> dict[str, str]:
         """SHA-256 of each part, by the part's name."""
-        return {part: digest_of(getattr(self, part)) for part in PARTS}
+        return {part: digest_of(record) for part, record in self.parts.items()}
 
     @property
     def address(self) -> str:
         """SHA-256 over the format's number and the three digests: the name of what was asked."""
-        return digest_of({"format": FORMAT, **self.digests})
+        return _address(self.digests)
 
     def to_dict(self) -> dict[str, Any]:
-        """The parts with their digests and the address, as `recipe.json` keeps them; keys sorted on every level."""
-        parts = {part: dict(getattr(self, part)) for part in PARTS}
-        whole = {"format": FORMAT, "address": self.address, "digests": self.digests, **parts}
-        # A recipe that was read and one that was made then leave the same bytes in the root group's attributes.
-        sorted_keys: dict[str, Any] = json.loads(canonical_json(whole))
-        return sorted_keys
+        """Return the parts with their digests and the address, as `recipe.json` keeps them; keys sorted throughout."""
+        return signed_record(self.parts)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], *, where: str) -> "Recipe":
         """Parse what `to_dict` gave.
 
         Raises:
-            CorruptStoreError: another format, a missing or unknown key, or digests that do not match.
+            CorruptStoreError: another format, a missing or unknown key, digests that do not match, or a field that is
+                missing or of another form.
         """
         known = {"format", "address", "digests", "recorded", *PARTS}
         if record.get("format") != FORMAT:
@@ -66,19 +76,64 @@ class Recipe:
         for part in PARTS:
             if not isinstance(record[part], dict):
                 raise CorruptStoreError(f"{where}: {part!r} is not a JSON object")
-        recipe = cls(**{part: record[part] for part in PARTS})
+        _require_digests(record, where)
+        return cls.from_parts({part: record[part] for part in PARTS}, where=where)
+
+    @classmethod
+    def from_parts(cls, parts: Mapping[str, Any], *, where: str) -> "Recipe":
+        """Parse the three parts.
+
+        Raises:
+            CorruptStoreError: a field is missing or of another form.
+        """
+        return cls(
+            extractor=ExtractorPart.from_dict(parts["extractor"], where=where),
+            rows=RowsPart.from_dict(parts["rows"], where=where),
+            encoding=EncodingPart.from_dict(parts["encoding"], where=where),
+        )
+
+    def arrays(self, *, where: str) -> tuple[ArraySpec, ...]:
+        """Return the arrays that the recipe asks for.
+
+        Raises:
+            CorruptStoreError: it gathers a tap that the extractor does not have, or in a way that cannot be.
+        """
+        encoding = self.encoding
         try:
-            same = record["digests"] == recipe.digests and record["address"] == recipe.address
-        except (ValueError, RecursionError) as error:
-            raise CorruptStoreError(f"{where} holds what canonical JSON does not ({error})") from error
-        if not same:
-            raise CorruptStoreError(f"{where}: its digests are not those of its parts; it was edited by hand")
-        return recipe
+            specs = plan_arrays(self.extractor.geometries, encoding.gathers, encoding.tier, encoding.layout)
+        except (KeyError, IndexError, OptionError) as error:
+            raise CorruptStoreError(
+                f"{where}: its recipe does not describe the arrays of a store ({error!r})"
+            ) from error
+        return tuple(replace(spec, block_rows=encoding.block_rows) for spec in specs)
+
+
+def signed_record(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the JSON of three parts with their digests and the address; keys sorted on every level."""
+    digests = {part: digest_of(parts[part]) for part in PARTS}
+    whole = {"format": FORMAT, "address": _address(digests), "digests": digests, **parts}
+    # A recipe that was read and one that was made then leave the same bytes in the root group's attributes.
+    sorted_keys: dict[str, Any] = json.loads(canonical_json(whole))
+    return sorted_keys
+
+
+def _address(digests: Mapping[str, str]) -> str:
+    return digest_of({"format": FORMAT, **digests})
+
+
+def _require_digests(record: Mapping[str, Any], where: str) -> None:
+    try:
+        signed = signed_record({part: record[part] for part in PARTS})
+    except (ValueError, RecursionError) as error:
+        raise CorruptStoreError(f"{where} holds what canonical JSON does not ({error})") from error
+    if any(record[key] != signed[key] for key in ("digests", "address")):
+        raise CorruptStoreError(f"{where}: its digests are not those of its parts; it was edited by hand")
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """Each field that differs between two recipes, as `part.field: old → new`."""
-    return [line for part in PARTS for line in _differ(part, getattr(old, part), getattr(new, part))]
+    before, after = old.parts, new.parts
+    return [line for part in PARTS for line in _differ(part, before[part], after[part])]
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

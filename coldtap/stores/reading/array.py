@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from coldtap.errors import CorruptStoreError, MachineError, MissingFeaturesError, StoreError
-from coldtap.stores.format.arrays import ArraySpec, Gather, Geometry
+from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.codes import Scaling, scaling_of_taps
 from coldtap.stores.format.escapes import EscapeReader
-from coldtap.stores.format.tiers import Numbers, restore
+from coldtap.stores.format.gathers import GatherName
+from coldtap.stores.format.geometry import Geometry
+from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.reading.shard_files import ShardFile, ShardFiles
 from coldtap.stores.storage.threads import Threads
 
@@ -57,7 +59,7 @@ class StoredArray:
         """Hold what reading needs; `read` gives the small files that the manifest lists."""
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
         self._files, self._threads = files, threads
-        self._escapes = EscapeReader(spec, read, files.features) if spec.tier == "int8" else None
+        self._escapes = EscapeReader(spec, read, files.features) if spec.kept_as.is_coded else None
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class StoredArray:
         return self._files.features / self.name
 
     @property
-    def gather(self) -> Gather:
+    def gather(self) -> GatherName:
         """How taps were gathered."""
         return self.spec.gather
 
@@ -130,12 +132,14 @@ class StoredArray:
             scaling=None if scaling is None else scaling_of_taps(scaling, places),
         )
 
+        restore = self.spec.kept_as.restore
+
         def read(part: Rows) -> None:
             stored = np.empty((1, *by_tap.shape[1:]), self.spec.dtype)
             for shard, rows_of_shard, at in self._by_shard(wanted, part):
                 for row, place in zip(rows_of_shard, at, strict=True):
                     self._fetch(shard, [row], places, stored, [0])
-                    restore(stored, by_tap[place : place + 1], self.spec.tier, numbers)
+                    restore(stored, by_tap[place : place + 1], numbers)
 
         self._in_threads(read, wanted, len(places))
         exceptions = self._exceptions(wanted, places)
@@ -173,7 +177,7 @@ class StoredArray:
     def will_need(self, rows: Sequence[int] | Rows, taps: Sequence[int] | None = None) -> None:
         """Tell the kernel which rows come next; what is wrong with them is said when they are read."""
         wanted = np.asarray(rows, np.int64)
-        chunks = self._places(taps) if self.gather == "layers" else [0]
+        chunks = self._places(taps) if self.spec.gathered_as.chunk_per_tap else [0]
         blocks, places = np.divmod(wanted[(wanted >= 0) & (wanted < self.n_rows)], self.spec.block_rows)
         for block in np.unique(blocks).tolist():
             try:
@@ -186,7 +190,7 @@ class StoredArray:
             return list(range(len(self.taps)))
         if missing := [tap for tap in taps if tap not in self.taps]:
             raise MissingFeaturesError(f"{self._where} has no tap {missing[0]}; it holds {list(self.taps)}")
-        if self.gather == "sum" and len(taps) != 1:
+        if not self.spec.gathered_as.has_tap_axis and len(taps) != 1:
             raise ValueError(f"{self._where} is one sum; taps {list(taps)} were asked for")
         return [self.taps.index(tap) for tap in taps]
 
@@ -194,7 +198,7 @@ class StoredArray:
         self, out: np.ndarray[Any, Any], rows: Sequence[int] | Rows, places: list[int], dtype: np.dtype[Any]
     ) -> Rows:
         wanted = np.asarray(rows, np.int64)
-        shape = (len(wanted), *(self.row_shape if self.gather == "sum" else (len(places), *self.row_shape[1:])))
+        shape = (len(wanted), *self.spec.gathered_as.row_shape(self.geometry, len(places)))
         if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous, writable {dtype} {shape}")
         outside = wanted[(wanted < 0) | (wanted >= self.n_rows)]
@@ -237,7 +241,7 @@ class StoredArray:
         self, shard: ShardFile, rows: list[int], places: list[int], out: np.ndarray[Any, Any], at: list[int]
     ) -> None:
         """Stored numbers of rows of one shard into `out` (row, tap, token, channel)."""
-        if self.gather == "layers":
+        if self.spec.gathered_as.chunk_per_tap:
             shard.read_rows(rows, places, _as_chunks(out, len(places)), at)
         elif places == [*range(len(self.taps))]:
             shard.read_rows(rows, [0], _as_chunks(out, 1), at)

@@ -11,6 +11,7 @@ from coldtap.stores.format.codes import describe_bound
 from coldtap.stores.format.escapes import EscapeReader
 from coldtap.stores.format.journal import JOURNAL, read_line
 from coldtap.stores.format.manifest import FEATURES, files_of
+from coldtap.stores.format.recipe import PARTS
 from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, read_table
 from coldtap.stores.reading.recipe_file import read_recipe
 from coldtap.stores.reading.store import Rows, Store
@@ -29,12 +30,13 @@ def describe_store(path: str | Path) -> dict[str, Any]:
     if found is None:
         raise StoreError(f"there is no store at {store}: make one with `cache-features SOURCE {store}`")
     recipe, recorded = found
+    signed = recipe.to_dict()
     files = files_of(store)
     about: dict[str, Any] = {
         "path": str(store),
         "complete": is_complete(store),
-        "address": recipe.address,
-        "recipe": {part: dict(getattr(recipe, part)) for part in ("extractor", "rows", "encoding")},
+        "address": signed["address"],
+        "recipe": {part: signed[part] for part in PARTS},
         "recorded": recorded,
         "n_bytes": sum((store / name).lstat().st_size for name in files),
         "finished_blocks": sum(name.startswith(f"{JOURNAL}/") and name.endswith(".json") for name in files),
@@ -105,7 +107,7 @@ def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
         "n_bytes": n_bytes,
         "ranges": _ranges(store, name, len(array.taps)),
     }
-    return about | _codes(store, name, files, n_bytes) if array.spec.tier == "int8" else about
+    return about | _codes(store, name, files, n_bytes) if array.spec.kept_as.is_coded else about
 
 
 def _codes(store: Store, name: str, files: set[str], n_bytes: int) -> dict[str, Any]:
@@ -115,7 +117,7 @@ def _codes(store: Store, name: str, files: set[str], n_bytes: int) -> dict[str, 
     escapes = _count_escapes(store, name)
     beside = sum(_bytes_below(store, f"{folder}/{name}/", files) for folder in ("escapes", "scales"))
     return {
-        "bound": describe_bound(store.recipe.encoding["scales"]),
+        "bound": describe_bound(store.recipe.encoding.scales),
         "n_bytes_beside": beside,
         "bits_per_value": 8 * (n_bytes + beside) / max(n_values, 1),
         "escapes": sum(escapes),

@@ -255,7 +255,7 @@ class ShardFile:
             raise CorruptStoreError(f"{self._where(row, chunk)}: its zstd frame is damaged ({error})") from error
 
     def _where(self, row: int, chunk: int) -> str:
-        tap = f", tap {self.spec.taps[chunk]}" if self.spec.gather == "layers" else ""
+        tap = f", tap {self.spec.taps[chunk]}" if self.spec.gathered_as.chunk_per_tap else ""
         return f"{self.path}: row {self.first_row + row}{tap} of {self.spec.name}"
 
     def will_need(self, rows: np.ndarray[Any, np.dtype[np.int64]], chunks: Sequence[int]) -> None:

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from coldtap.errors import CorruptStoreError, MissingFeaturesError, StoreError
-from coldtap.stores.format.arrays import ArraySpec, arrays_of_recipe
+from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.codes import Floats
 from coldtap.stores.format.compensation import COMPENSATION, SUFFIX, Compensation, compensation_file, parse_compensation
 from coldtap.stores.format.manifest import FEATURES, file_entry, read_manifest
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import Recipe
-from coldtap.stores.format.rows import SPLITS, Segment, segments_of
+from coldtap.stores.format.rows import Segment, segments_of
 from coldtap.stores.format.tables import (
     REJECTED,
     REJECTED_SCHEMA,
@@ -75,7 +75,7 @@ class Store:
         self._n_threads = threads
         self.read_file(RECIPE)
         self._files, self._threads = ShardFiles(path / FEATURES), Threads(threads)
-        specs = arrays_of_recipe(self.recipe.extractor, self.recipe.encoding, where=str(path / RECIPE))
+        specs = self.recipe.arrays(where=str(path / RECIPE))
         self.arrays = {spec.name: self._open_array(spec) for spec in sorted(specs, key=lambda spec: spec.name)}
         self._require_plan()
         self._targets: dict[str, Targets] = {}
@@ -137,16 +137,8 @@ class Store:
 
     def _require_plan(self) -> None:
         """Hold the recipe's rows against the arrays, and against the journal's lines in the manifest."""
-        rows, block_rows = self.recipe.rows, self.recipe.encoding["block_rows"]
-        splits, views = rows.get("splits"), rows.get("views")
-        if (
-            not (isinstance(splits, dict) and splits and {*splits} <= {*SPLITS})
-            or not all(type(n) is int and n > 0 for n in splits.values())
-            or not (type(views) is int and views >= 0)
-        ):
-            raise CorruptStoreError(f"{self.path / RECIPE}: its recipe does not describe the rows of a store")
-        blocks = {split: -(-n // block_rows) for split, n in splits.items()}
-        n_blocks = sum(blocks.values()) + views * blocks.get("train", 0)
+        block_rows = self.recipe.encoding.block_rows
+        n_blocks = self.recipe.rows.n_blocks(block_rows)
         for array in self.arrays.values():
             if array.n_rows != n_blocks * block_rows:
                 raise CorruptStoreError(
@@ -162,16 +154,16 @@ class Store:
     def segments(self) -> tuple[Segment, ...]:
         """Which rows are planned for which (split, view)."""
         rows = self.recipe.rows
-        return segments_of(rows["splits"], rows["views"], self.recipe.encoding["block_rows"])
+        return segments_of(rows.splits, rows.views, self.recipe.encoding.block_rows)
 
     @cached_property
     def _present(self) -> PresentRows:
         self.require_intact(REJECTED)
         rejected = read_table(self.path / REJECTED, REJECTED_SCHEMA, ["row"])["row"].to_numpy()
-        planned = PresentRows(self.segments, self.recipe.encoding["block_rows"], np.empty(0, np.int64))
+        planned = PresentRows(self.segments, self.recipe.encoding.block_rows, np.empty(0, np.int64))
         if (np.diff(rejected) <= 0).any() or len(planned.missing(rejected)):
             raise CorruptStoreError(f"{self.path / REJECTED}: its rows are not ascending, or not planned")
-        return PresentRows(self.segments, self.recipe.encoding["block_rows"], rejected)
+        return PresentRows(self.segments, self.recipe.encoding.block_rows, rejected)
 
     @property
     def samples(self) -> pa.Table:
@@ -187,12 +179,12 @@ class Store:
     @property
     def views(self) -> int:
         """Augmented views of each training image, beside view 0."""
-        return int(self.recipe.rows["views"])
+        return self.recipe.rows.views
 
     @property
     def depth(self) -> int:
         """N, the index of the backbone's last tap."""
-        return len(self.recipe.extractor["taps"]) - 1
+        return len(self.recipe.extractor.taps) - 1
 
     @property
     def splits(self) -> dict[str, int]:
@@ -283,8 +275,8 @@ class Store:
             if not self.has_targets(name):
                 raise MissingFeaturesError(f"{self.path} has no targets {name!r}; {self._describe_targets()}")
             self.require_intact(targets_name(name))
-            table = read_targets(self.path / targets_name(name), most_lines=sum(self.recipe.rows["splits"].values()))
-            grids = {tuple(tap["grid"]) for tap in self.recipe.extractor["taps"]}
+            table = read_targets(self.path / targets_name(name), most_lines=self.recipe.rows.n_samples)
+            grids = {tap.grid for tap in self.recipe.extractor.taps}
             if table.grid is not None and table.grid not in grids:
                 raise CorruptStoreError(
                     f"{self.path / targets_name(name)}: a grid of {table.grid[0]} × {table.grid[1]}; the taps have "
@@ -304,7 +296,7 @@ class Store:
             MissingFeaturesError: the store has no such targets, or not for a row.
         """
         table = self._target_table(name)
-        if table.order is not None and table.order == self.recipe.rows.get("order"):
+        if table.order is not None and table.order == self.recipe.rows.order:
             numbers = self.sample_numbers(rows)
             if len(numbers) and numbers.max() >= table.n_lines:
                 raise CorruptStoreError(f"{self.path / targets_name(name)} has fewer lines than the store has samples")

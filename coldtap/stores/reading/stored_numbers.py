@@ -44,7 +44,9 @@ def read_numbers(read: Read, spec: ArraySpec, features: Path) -> Numbers:
     exponents = read_metadata(read, spec.name, features)["attributes"].get("scale_exponents")
     if not (isinstance(exponents, list) and len(exponents) == len(spec.taps) and all(map(_is_exponent, exponents))):
         raise CorruptStoreError(f"{features / spec.name}: its metadata does not give an exponent a tap")
-    return Numbers(exponents=tuple(exponents), scaling=_scaling(read, spec, features) if spec.tier == "int8" else None)
+    return Numbers(
+        exponents=tuple(exponents), scaling=_scaling(read, spec, features) if spec.kept_as.is_coded else None
+    )
 
 
 def _is_exponent(value: object) -> bool:

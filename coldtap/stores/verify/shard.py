@@ -58,7 +58,7 @@ def shard_problems(
 
 
 def _where(spec: ArraySpec, row: int, chunk: int) -> str:
-    return f"row {row}" + (f", tap {spec.taps[chunk]}" if spec.gather == "layers" else "")
+    return f"row {row}" + (f", tap {spec.taps[chunk]}" if spec.gathered_as.chunk_per_tap else "")
 
 
 def _misplaced(offsets: Integers, lengths: Integers, n_bytes: int) -> tuple[int, int, str] | None:

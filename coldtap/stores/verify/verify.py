@@ -91,7 +91,7 @@ def verify_store(
         damaged |= {problem.where for problem in problems}
         problems.extend(_compensation_problems(opened, damaged))
         for array in opened.arrays.values():
-            problems.extend(escape_problems(opened, array, entries, damaged) if array.spec.tier == "int8" else ())
+            problems.extend(escape_problems(opened, array, entries, damaged) if array.spec.kept_as.is_coded else ())
         found_rows, n_rows = _row_problems(opened, damaged)
         problems.extend(found_rows)
     return Verification(
@@ -183,7 +183,7 @@ def _plan_problems(store: Store, samples: Any, rejected: Rows) -> Iterator[Probl
     planned = np.zeros(len(listed), bool)
     splits, views = samples["split"].to_numpy(), samples["view"].to_numpy()
     for segment in store.segments:
-        first = segment.first_block * store.recipe.encoding["block_rows"]
+        first = segment.first_block * store.recipe.encoding.block_rows
         inside = (listed >= first) & (listed < first + segment.n_samples)
         planned |= inside & (splits == segment.split) & (views == segment.view)
     if not planned.all():

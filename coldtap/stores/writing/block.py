@@ -6,9 +6,9 @@ import numpy as np
 
 from coldtap.errors import StoreError
 from coldtap.stores.format.arrays import ArraySpec
-from coldtap.stores.format.codes import Encoded, Escapes, Floats, encode
+from coldtap.stores.format.codes import Encoded, Escapes, Floats
 from coldtap.stores.format.shards import Mask, ShardBuffer
-from coldtap.stores.format.tiers import Numbers, to_float
+from coldtap.stores.format.tiers import Numbers
 
 # Escapes of a block: beyond such a share they take more room than the codes, and beyond such a number a lot of memory.
 LARGEST_SHARE = 1 / 32
@@ -37,11 +37,10 @@ class ArrayBuffer:
             rows: their places in the block, ascending and consecutive.
         """
         stored = self.shard.values[rows[0] : rows[-1] + 1]
-        if self.spec.tier != "int8":
-            stored[:] = to_float(values, self.spec.tier, self.numbers.exponents).reshape(stored.shape)
-            return
-        assert self.numbers.scaling is not None
-        self.put_codes(encode(values, self.numbers.scaling), rows)
+        numbers, escapes = self.spec.kept_as.encode(values, self.numbers)
+        stored[:] = numbers.reshape(stored.shape)
+        if escapes is not None:
+            self._escape_at(escapes, rows[0])
 
     def put_codes(self, encoded: Encoded, rows: Sequence[int]) -> None:
         """Keep codes as they are in some rows of an int8 block.
@@ -52,8 +51,12 @@ class ArrayBuffer:
         """
         stored = self.shard.values[rows[0] : rows[-1] + 1]
         stored[:] = encoded.codes.reshape(stored.shape)
-        position = encoded.escapes.position + np.array([rows[0], 0, 0, 0], np.uint32)
-        self.escape(Escapes(position=position, value=encoded.escapes.value))
+        self._escape_at(encoded.escapes, rows[0])
+
+    def _escape_at(self, escapes: Escapes, first: int) -> None:
+        """Keep escapes whose rows are counted from the block's row `first`."""
+        position = escapes.position + np.array([first, 0, 0, 0], np.uint32)
+        self.escape(Escapes(position=position, value=escapes.value))
 
     def escape(self, escapes: Escapes) -> None:
         """Keep values that the codes do not hold; rows are counted within the block.

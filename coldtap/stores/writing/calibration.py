@@ -5,23 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.arrays import ArraySpec, calibration_rows
 from coldtap.stores.format.chunks import compress
 from coldtap.stores.format.codes import ErrorBound, Floats, Scaling, choose_scaling, encode, measure_errors
 from coldtap.stores.format.shards import Mask
-from coldtap.stores.format.tiers import Numbers, float16_exponent
+from coldtap.stores.format.tiers import Numbers
 
-CALIBRATION_ROWS = 64
-# Variances need more rows than a largest value does (docs/log.md); the errors are measured on the rows after them.
-CODE_CALIBRATION_ROWS = 128
-HELD_OUT_ROWS = 64
+HELD_OUT_ROWS = 64  # after those of the calibration: errors are measured on them
 MAX_SAMPLE_BYTES = 256_000_000
 COMPRESSED_ROWS = 16  # enough to forecast what zstd leaves
-
-
-def calibration_rows(specs: Sequence[ArraySpec]) -> int:
-    """The number of rows that fix the scales of a store."""
-    return CODE_CALIBRATION_ROWS if any(spec.tier == "int8" for spec in specs) else CALIBRATION_ROWS
 
 
 class CalibrationSamples:
@@ -39,7 +31,7 @@ class CalibrationSamples:
         self._largest: dict[str, list[list[float]]] = {spec.name: [[] for _ in spec.taps] for spec in specs}
         self._values: dict[str, list[list[Floats]]] = {spec.name: [[] for _ in spec.taps] for spec in specs}
         self._scalings: dict[str, Scaling] = {}
-        a_token = sum(4 * len(spec.taps) * spec.geometry.channels for spec in specs if spec.tier == "int8")
+        a_token = sum(4 * len(spec.taps) * spec.geometry.channels for spec in specs if spec.kept_as.is_coded)
         self._n_tokens = MAX_SAMPLE_BYTES // (a_token * n_rows) if a_token else 0
 
     @staticmethod
@@ -88,8 +80,8 @@ class CalibrationSamples:
 
     def _numbers(self, spec: ArraySpec) -> Numbers:
         largest = [max(tap[: self.n_scales], default=0.0) for tap in self._largest[spec.name]]
-        exponents = tuple(float16_exponent(top) if spec.tier == "float16" else 0 for top in largest)
-        return Numbers(exponents=exponents, scaling=self._scaling(spec) if spec.tier == "int8" else None)
+        exponents = tuple(spec.kept_as.exponent(top) for top in largest)
+        return Numbers(exponents=exponents, scaling=self._scaling(spec) if spec.kept_as.is_coded else None)
 
     def _scaling(self, spec: ArraySpec) -> Scaling:
         if spec.name not in self._scalings:
@@ -108,7 +100,7 @@ class CalibrationSamples:
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
         """Of each int8 array, what its codes lose on the rows after those of the scales; empty where there is none."""
-        return {name: self._errors(spec) for name, spec in self._specs.items() if spec.tier == "int8"}
+        return {name: self._errors(spec) for name, spec in self._specs.items() if spec.kept_as.is_coded}
 
     def _errors(self, spec: ArraySpec) -> list[dict[str, Any]]:
         if len(self._values[spec.name][0]) <= self.n_scales:

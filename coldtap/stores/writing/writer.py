@@ -216,7 +216,7 @@ class StoreWriter:
         return write_manifest(self.store, self._entries([*self._statics, *escapes, *beside]))
 
     def _write_escape_metadata(self) -> Iterable[str]:
-        coded = [spec for spec in self.specs if spec.tier == "int8"]
+        coded = [spec for spec in self.specs if spec.kept_as.is_coded]
         longest = dict.fromkeys((spec.name for spec in coded), 0)
         for line in self._lines() if coded else ():
             for spec in coded:

@@ -13,7 +13,7 @@ from coldtap.adaptors.training.plan import TrainingOptions
 from coldtap.adaptors.training.protocol import PROTOCOLS, run_protocol
 from coldtap.errors import ColdtapError, InterruptedRunError, MissingFeaturesError, OptionError
 from coldtap.stores import open_store
-from coldtap.stores.format.arrays import GATHERS
+from coldtap.stores.format.gathers import GATHERS
 from coldtap.workflows.benchmark.contenders import Contender
 from coldtap.workflows.benchmark.display import EpochReporter
 

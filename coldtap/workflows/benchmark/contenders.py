@@ -8,7 +8,7 @@ from coldtap.adaptors.networks.options import option_defaults, parse_options
 from coldtap.adaptors.training.grid import TRAINING_KEYS, expand_grid, trial_settings
 from coldtap.adaptors.training.plan import TrainingOptions
 from coldtap.errors import OptionError
-from coldtap.stores.format.arrays import Gather
+from coldtap.stores.format.gathers import GatherName
 
 RATE_FACTORS = (0.25, 1.0, 4.0)  # of the adaptor's own learning rate, where --grid names none
 
@@ -22,11 +22,11 @@ class Contender:
     trials: tuple[Mapping[str, object], ...]
 
     @property
-    def gathers(self) -> frozenset[Gather]:
+    def gathers(self) -> frozenset[GatherName]:
         """The gathers that it reads, with one setting or another."""
         kind = adaptor_kind(self.adaptor)
         known = option_defaults(kind.options)
-        found: set[Gather] = set()
+        found: set[GatherName] = set()
         for trial in self.trials:
             own = {name: value for name, value in trial.items() if name in known}
             found.update(kind.gathers(parse_options(kind.options, {**self.options, **own}, adaptor=self.adaptor)))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from coldtap.adaptors.results import DEVIATIONS, ResultTable, Score, table_csv, table_html, table_text
 from coldtap.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
-from coldtap.stores.format.arrays import GATHERS
+from coldtap.stores.format.gathers import GATHERS
 from coldtap.stores.reading.recipe_file import read_recipe
 from coldtap.stores.storage.atomic import machine_errors, write_file
 from coldtap.text import show_seconds
@@ -183,7 +183,7 @@ def cache_dataset(
 
     found = read_recipe(benchmark.store(dataset))
     if found is not None:
-        return cache(list(found[0].encoding["gathers"]))
+        return cache(list(found[0].encoding.gathers))
     needed = {gather for contender in benchmark.contenders for gather in contender.gathers}
     try:
         return cache([gather for gather in GATHERS if gather in needed])

@@ -17,7 +17,7 @@ from coldtap.adaptors.data.read_ahead import PREFETCH
 from coldtap.adaptors.networks.contract import spec_of
 from coldtap.errors import CorruptStoreError, MissingFeaturesError, SourceError
 from coldtap.stores import StoredArray, open_store
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
 
 N_TRAIN, N_VAL = 21, 6

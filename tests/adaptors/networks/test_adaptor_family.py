@@ -23,7 +23,7 @@ from coldtap.adaptors.networks.testing import AdaptorTests
 from coldtap.adaptors.networks.transformer import TransformerBlock, block_parameters
 from coldtap.errors import OptionError
 from coldtap.stores import open_store
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 from tests.helpers.places import ROOT
 from tests.helpers.synthetic import layer_norm, synthetic_store
 

@@ -16,7 +16,7 @@ from coldtap.adaptors.networks.lsa.attention import LowRankAttention, lsa_parame
 from coldtap.adaptors.networks.mist import MistOptions, build_mist
 from coldtap.errors import OptionError
 from coldtap.stores import FinalNorm
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 from tests.helpers.synthetic import layer_norm
 
 GEOMETRY = Geometry(grid=(2, 3), prefix_tokens=1, channels=8)

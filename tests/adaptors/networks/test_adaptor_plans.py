@@ -7,7 +7,7 @@ from coldtap.adaptors.networks.kinds import ADAPTORS, adaptor_kind
 from coldtap.adaptors.networks.options import parse_options
 from coldtap.errors import MissingFeaturesError, OptionError
 from coldtap.stores import open_store
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
 
 N = 6

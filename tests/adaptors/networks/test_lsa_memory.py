@@ -13,7 +13,7 @@ from coldtap.adaptors.networks.last import Last, LastOptions, build_last
 from coldtap.adaptors.networks.lsa import function as lsa_groups
 from coldtap.adaptors.networks.lsa.attention import LowRankAttention
 from coldtap.adaptors.networks.mist import MistOptions, build_mist
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 
 BATCH, TAPS = 5, 4
 GEOMETRY = Geometry(grid=(2, 3), prefix_tokens=1, channels=8)

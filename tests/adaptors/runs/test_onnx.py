@@ -25,7 +25,7 @@ from coldtap.adaptors.networks.parts import HeadOptions
 from coldtap.adaptors.runs.onnx import MAX_DIFFERENCE, OPSET, compare_logits, onnx_bytes
 from coldtap.errors import RunError
 from coldtap.stores import open_store
-from coldtap.stores.format.arrays import Geometry
+from coldtap.stores.format.geometry import Geometry
 from tests.helpers.jobs import coldtap as run_coldtap
 from tests.helpers.jobs import error_line, read
 from tests.helpers.places import ROOT

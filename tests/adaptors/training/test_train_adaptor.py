@@ -97,7 +97,7 @@ def test_run_json_says_what_was_trained_on_what_and_how_well(store, tmp_path):
     assert record["adaptor"] == "mist"
     assert record["seed"] == 5
     assert record["extractor_digest"] == opened.recipe.extractor_digest
-    assert record["extractor"] == opened.recipe.extractor
+    assert record["extractor"] == opened.recipe.extractor.to_dict()
     assert result.info.model == "synthetic"
     assert record["store_digest"] == opened.digest
     assert record["settings"]["options"]["rank"] == 2

@@ -311,7 +311,7 @@ def test_named_taps_of_any_module_from_a_source_in_memory(tmp_path):
             stored = read(store.arrays[array], rows)
             np.testing.assert_allclose(stored, taps.flatten(-2).transpose(-1, -2), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(store.norm.weight, model.norm.weight.detach().numpy())
-    assert [tap["name"] for tap in store.recipe.extractor["taps"]] == list(TAPS)
+    assert [tap.name for tap in store.recipe.extractor.taps] == list(TAPS)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_a_backbone_in_half_precision_gives_nearly_the_same_features(tmp_path, p
     for name in ("float32", precision):
         cache(images, tmp_path / name, tier="float32", precision=name)
     exact, rough = open_store(tmp_path / "float32"), open_store(tmp_path / precision)
-    assert rough.recipe.extractor["precision"] == precision
+    assert rough.recipe.extractor.precision == precision
     assert rough.recipe.extractor_digest != exact.recipe.extractor_digest
     np.testing.assert_array_equal(rough.norm.weight, exact.norm.weight)
     for name in exact.arrays:

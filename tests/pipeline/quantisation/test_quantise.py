@@ -396,7 +396,7 @@ def test_an_artefact_gives_back_the_model_that_it_was_made_of(tmp_path, four_bit
     quantize(module, source, again, scheme="w4a4", compensate=compensate, **OPTIONS)
     assert again.read_bytes() == path.read_bytes()
     loaded = load_backbone(module, quantised=path, kernel="float", device="cpu")
-    assert loaded.extractor()["quantisation"] == {
+    assert loaded.extractor().quantisation == {
         "scheme": "w4a4",
         "compensation": compensate,
         "artefact": report.digest,
@@ -453,12 +453,12 @@ def test_a_quantised_store_says_so_and_float_features_never_stand_in_for_it(tmp_
     options = {"batch_size": 8, "device": "cpu", "tier": "float32"}
     cache_features(source, tmp_path / "q", quantised=path, **options)
     store = open_store(tmp_path / "q")
-    assert store.recipe.extractor["quantisation"]["artefact"] == read_artefact(path).digest
+    assert store.recipe.extractor.quantisation["artefact"] == read_artefact(path).digest
     assert store.recorded["environment"]["kernel"] in ("onednn", "int_mm", "float")
     with pytest.raises(RecipeMismatchError, match="quantisation"):
         cache_features(source, tmp_path / "q", **options)
     cache_features(source, tmp_path / "f", **options)
-    assert open_store(tmp_path / "f").recipe.extractor["quantisation"] is None
+    assert open_store(tmp_path / "f").recipe.extractor.quantisation is None
     other = path.with_name("other.safetensors")
     quantize("coldtap/vit-reference", source, other, images=32, compensate="none", device="cpu")
     with pytest.raises(RecipeMismatchError, match="artefact"):

@@ -274,7 +274,7 @@ def test_a_python_model_and_a_parquet_source_travel_to_workers(tmp_path, monkeyp
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert sum(rows for rows in told if isinstance(rows, int)) == 3 * 16 + 8
     assert list(scratch.iterdir()) == []
-    assert tuple(tap["name"] for tap in open_store(tmp_path / "two").recipe.extractor["taps"]) == TAPS
+    assert tuple(tap.name for tap in open_store(tmp_path / "two").recipe.extractor.taps) == TAPS
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from coldtap.errors import CorruptStoreError, MachineError, OptionError, RecipeM
 from coldtap.stores import open_store
 from coldtap.stores.convert.convert import convert_store
 from coldtap.stores.format import arrays
-from coldtap.stores.format.arrays import Geometry
 from coldtap.stores.format.codes import bound_of
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.manifest import MANIFEST
 from coldtap.stores.storage.lock import StoreLock
 from coldtap.stores.verify.verify import verify_store
@@ -83,7 +83,7 @@ def test_every_tier_and_layout_becomes_every_other(tmp_path, stores, small_block
     assert (report.status, report.n_rows, report.n_rejected) == ("written", 56, 4)
     assert verify_store(tmp_path / "new").problems == ()
     before, after = open_store(stores[old]), open_store(tmp_path / "new")
-    assert after.recipe.encoding["block_rows"] == 8
+    assert after.recipe.encoding.block_rows == 8
     assert (after.recipe.extractor, after.recipe.rows) == (before.recipe.extractor, before.recipe.rows)
     for table in ("samples.parquet", "rejected.parquet"):
         assert columns(tmp_path / "new", table) == columns(stores[old], table)
@@ -227,11 +227,11 @@ def test_what_was_codes_once_never_passes_for_exact_features(tmp_path):
     cache(source, tmp_path / "codes", tier="int8", snr=12)
     convert_store(tmp_path / "codes", tmp_path / "floats", tier="float32")
     recipe = open_store(tmp_path / "floats").recipe
-    assert recipe.encoding["from"]["scales"]["snr_db"] == 12
+    assert recipe.encoding.origin["scales"]["snr_db"] == 12
     with pytest.raises(RecipeMismatchError, match=r"encoding\.from: .*int8.* → \(absent\)"):
         cache(source, tmp_path / "floats", tier="float32")
     convert_store(tmp_path / "floats", tmp_path / "again", tier="int8", snr=30)
-    assert open_store(tmp_path / "again").recipe.encoding["from"]["from"]["tier"] == "int8"
+    assert open_store(tmp_path / "again").recipe.encoding.origin["from"]["tier"] == "int8"
     cache(source, tmp_path / "exact", tier="float32")
     with pytest.raises(RecipeMismatchError, match=r"encoding\.from"):
         convert_store(tmp_path / "exact", tmp_path / "again", tier="int8", snr=30)

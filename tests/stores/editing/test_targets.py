@@ -117,7 +117,7 @@ def test_a_table_in_the_order_of_the_rows_is_read_without_ids(tmp_path, monkeypa
     classes = {"class": found, "labels": found.argmax(-1), "token-class": found[..., 0]}[kind]
     assert classes.tolist() == [i % 3 for i in range(len(rows))]
     metadata = pq.read_schema(store.path / "targets/more.parquet").metadata
-    assert metadata[b"order"].decode() == store.recipe.rows["order"]
+    assert metadata[b"order"].decode() == store.recipe.rows.order
 
 
 def test_a_table_of_single_classes_is_what_it_was_before_there_were_kinds():

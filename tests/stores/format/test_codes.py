@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from coldtap.errors import OptionError, StoreError
 from coldtap.pipeline.extract.encode import BlockEncoder
 from coldtap.pipeline.extract.gather import Gathered
-from coldtap.stores.format.arrays import ArraySpec, Geometry
+from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.codes import (
     MAX_CODE,
     ErrorBound,
@@ -20,6 +20,7 @@ from coldtap.stores.format.codes import (
     restore_codes,
     robust_moments,
 )
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.writing.block import ArrayBuffer
 from coldtap.stores.writing.calibration import CalibrationSamples

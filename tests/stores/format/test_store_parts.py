@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,31 +15,50 @@ from coldtap.errors import (
     OptionError,
     StoreError,
 )
-from coldtap.stores.format.arrays import Geometry, arrays_of_recipe, plan_arrays
-from coldtap.stores.format.canonical import canonical_json
+from coldtap.stores.format.arrays import plan_arrays
+from coldtap.stores.format.canonical import canonical_json, readable_json
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.journal import JournalLine, Rejection, ShardRecord, read_line, write_line
 from coldtap.stores.format.manifest import Entry, read_manifest, write_manifest
 from coldtap.stores.format.recipe import Recipe, differences
 from coldtap.stores.format.rows import RowPlan
-from coldtap.stores.format.tiers import FLOAT16_MAX, HEADROOM, Numbers, float16_exponent, restore
+from coldtap.stores.format.tiers import FLOAT16_MAX, HEADROOM, TIERS, Numbers, float16_exponent
 from coldtap.stores.reading.recipe_file import read_recipe
 
-RECIPE = Recipe(extractor={"weights": "a", "taps": [1, 2]}, rows={"seed": 0}, encoding={"tier": "float16"})
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+TAP = {"name": "z0", "grid": [2, 2], "prefix_tokens": 1, "channels": 4}
+PARTS = {
+    "extractor": {"architecture": "made", "weights": "a", "taps": [TAP, {**TAP, "name": "z1"}]},
+    "rows": {"listing": "0", "splits": {"train": 3}, "views": 0, "seed": 0},
+    "encoding": {"gathers": {"layers": [1]}, "tier": "float16", "scales": {}, "layout": "fast", "block_rows": 4},
+}
+
+
+def recipe_with(**changes):
+    """The recipe with some fields of its parts changed; None takes a field out."""
+    parts = {
+        part: {name: value for name, value in {**record, **changes.get(part, {})}.items() if value is not None}
+        for part, record in PARTS.items()
+    }
+    return Recipe.from_parts(parts, where="here")
+
+
+RECIPE = recipe_with()
 
 
 def test_recipe_round_trips_and_its_address_follows_every_field():
     assert Recipe.from_dict(RECIPE.to_dict(), where="here") == RECIPE
     others = [
-        Recipe(extractor={"weights": "b", "taps": [1, 2]}, rows=RECIPE.rows, encoding=RECIPE.encoding),
-        Recipe(extractor=RECIPE.extractor, rows={"seed": 1}, encoding=RECIPE.encoding),
-        Recipe(extractor=RECIPE.extractor, rows=RECIPE.rows, encoding={"tier": "float32"}),
+        recipe_with(extractor={"weights": "b"}),
+        recipe_with(rows={"seed": 1}),
+        recipe_with(encoding={"tier": "float32"}),
     ]
     assert len({recipe.address for recipe in (RECIPE, *others)}) == 4
     assert others[1].extractor_digest == RECIPE.extractor_digest
 
 
 def test_differences_name_each_field_old_and_new():
-    other = Recipe(extractor={"weights": "b", "taps": [1, 2]}, rows={}, encoding=RECIPE.encoding)
+    other = recipe_with(extractor={"weights": "b"}, rows={"seed": None})
     assert differences(RECIPE, other) == ["extractor.weights: a → b", "rows.seed: 0 → (absent)"]
 
 
@@ -112,15 +132,66 @@ def test_float16_exponent_leaves_the_headroom_and_no_more(largest):
 def test_bfloat16_bits_come_back_as_the_float32_that_they_are(values):
     bits = (np.array(values, np.float32).view(np.uint32) >> 16).astype(np.uint16).reshape(1, 1, 4)
     out = np.empty((1, 1, 4), np.float32)
-    restore(bits[:, :, None], out[:, :, None], "bfloat16", Numbers(exponents=(0,)))
+    TIERS["bfloat16"].restore(bits[:, :, None], out[:, :, None], Numbers(exponents=(0,)))
     np.testing.assert_array_equal(out.view(np.uint32) >> 16, bits)
     assert not (out.view(np.uint32) & 0xFFFF).any()
 
 
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=64))
+def test_bfloat16_bits_are_those_of_torch(values):
+    floats = np.array([*values, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 3.4028235e38, 1e-45], np.float32)
+    stored, escapes = TIERS["bfloat16"].encode(floats.reshape(1, 1, 1, -1), Numbers(exponents=(0,)))
+    bits = torch.from_numpy(floats).to(torch.bfloat16).view(torch.uint16).numpy()
+    np.testing.assert_array_equal(stored.ravel(), bits)
+    assert escapes is None
+
+
+def test_a_recipe_leaves_the_bytes_that_it_was_read_from():
+    for path in sorted(FIXTURES.glob("*/recipe.json")):
+        record = json.loads(path.read_bytes())
+        recorded = record.pop("recorded")
+        recipe = Recipe.from_dict(record, where=str(path))
+        assert readable_json({**recipe.to_dict(), "recorded": recorded}) == path.read_bytes()
+    parts = json.loads(json.dumps(PARTS))
+    parts["extractor"]["taps"][0]["stride"] = 4.0
+    for record in parts.values():
+        record["later"] = [1, {"a": None}]
+    parts["rows"]["augmentation"] = parts["extractor"]["quantisation"] = None
+    assert Recipe.from_parts(parts, where="here").parts == parts
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        (
+            "extractor",
+            {"taps": [{**TAP, "grid": [2, 0]}]},
+            r"extractor\.taps\[0\]\.grid is 0, not a whole",
+        ),
+        ("extractor", {"weights": 3}, r"extractor\.weights is 3, not a text"),
+        ("rows", {"splits": {"odd": 1}}, r"rows\.splits are \['odd'\]"),
+        ("rows", {"splits": {"val": True}}, r"rows\.splits\.val is True, not a whole number"),
+        ("encoding", {"gathers": {"layers": [1, 1]}}, r"encoding\.gathers\.layers: a tap stands twice"),
+        ("encoding", {"block_rows": 0}, r"encoding\.block_rows is 0"),
+    ],
+)
+def test_a_field_of_another_form_is_named(part, change, message):
+    with pytest.raises(CorruptStoreError, match=message):
+        recipe_with(**{part: change})
+
+
 def test_float16_scales_are_undone_a_tap_each():
     out = np.empty((1, 2, 1, 1), np.float32)
-    restore(np.array([1.5, 1.5], np.float16).reshape(out.shape), out, "float16", Numbers(exponents=(0, 10)))
+    TIERS["float16"].restore(np.array([1.5, 1.5], np.float16).reshape(out.shape), out, Numbers(exponents=(0, 10)))
     np.testing.assert_array_equal(out.ravel(), [1.5, 1536])
+
+
+def arrays_of(extractor, encoding):
+    recipe = Recipe.from_parts(
+        {"extractor": PARTS["extractor"] | extractor, "rows": PARTS["rows"], "encoding": PARTS["encoding"] | encoding},
+        where="here",
+    )
+    return recipe.arrays(where="here")
 
 
 def test_arrays_come_back_from_the_recipe():
@@ -130,10 +201,10 @@ def test_arrays_come_back_from_the_recipe():
         specs = plan_arrays({0: geometry, 1: geometry}, gathers, tier, layout)
         encoding = {"gathers": gathers, "tier": tier, "layout": layout, "block_rows": specs[0].block_rows}
         extractor = {"taps": [{"name": "z", **geometry.to_dict()}] * 2}
-        assert arrays_of_recipe(extractor, encoding, where="here") == specs
+        assert arrays_of(extractor, encoding) == specs
         for damage in ({"tier": "int4"}, {"layout": "odd"}, {"gathers": {"layers": [7]}}, {"block_rows": None}):
             with pytest.raises(CorruptStoreError, match=r"here: (its recipe does not describe|tier)"):
-                arrays_of_recipe(extractor, encoding | damage, where="here")
+                arrays_of(extractor, encoding | damage)
 
 
 def test_only_codes_are_compressed():

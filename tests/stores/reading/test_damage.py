@@ -35,7 +35,7 @@ from coldtap.stores import open_store
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.codes import Scaling
 from coldtap.stores.format.manifest import MANIFEST
-from coldtap.stores.format.recipe import PARTS, Recipe
+from coldtap.stores.format.recipe import PARTS, signed_record
 from coldtap.stores.verify.verify import verify_store
 from tests.helpers.places import ROOT
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
@@ -557,7 +557,7 @@ def forged_metadata(draw, stores):
     data = json.dumps(value).encode()
     if name == "recipe.json" and draw(st.booleans()):
         try:
-            recipe = Recipe(**{part: value[part] for part in PARTS}).to_dict()
+            recipe = signed_record({part: value[part] for part in PARTS})
             data = json.dumps({**recipe, "recorded": value.get("recorded")}).encode()
         except (KeyError, TypeError, ValueError, AttributeError):
             pass  # no such recipe has a digest
@@ -690,8 +690,8 @@ def bombs(path):
         ("encoding", "block_rows", 10**12),
         ("encoding", "gathers", {"layers": [*range(3)] * 10_000}),
     ):
-        new = Recipe(**{p: {**recipe[p], **({key: value} if p == part else {})} for p in PARTS})
-        data = json.dumps({**new.to_dict(), "recorded": recipe["recorded"]}).encode()
+        new = signed_record({p: {**recipe[p], **({key: value} if p == part else {})} for p in PARTS})
+        data = json.dumps({**new, "recorded": recipe["recorded"]}).encode()
         changed = {"recipe.json": data}
         for name in files:
             if is_metadata(name) and "shard" in files[name].decode(errors="replace") and name.endswith("zarr.json"):

@@ -26,8 +26,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from coldtap.errors import CorruptStoreError, MachineError, MissingFeaturesError, StoreError
 from coldtap.stores import open_store
 from coldtap.stores.format import escapes
-from coldtap.stores.format.arrays import Geometry
 from coldtap.stores.format.codes import Scaling
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.reading import shard_files
 from coldtap.stores.verify.verify import verify_store
 from tests.helpers.places import ROOT

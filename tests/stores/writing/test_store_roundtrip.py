@@ -11,7 +11,8 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
 from coldtap.errors import IncompleteStoreError, MissingFeaturesError, StoreError
 from coldtap.stores import open_store
-from coldtap.stores.format.arrays import Geometry, choose_block_rows
+from coldtap.stores.format.arrays import choose_block_rows
+from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.shards import ShardBuffer
 from tests.helpers.synthetic import GEOMETRY, encode, gathered, synthetic_store
 

@@ -115,7 +115,7 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
 
 def metadata_of(about: About, backbone: Backbone) -> dict[str, str]:
     """What an exported file says of itself: text by name, JSON where a value has parts."""
-    extractor = backbone.extractor()
+    extractor = backbone.extractor().to_dict()
     parts: dict[str, Any] = {"extractor": extractor, "calibration": dict(about.calibration)}
     return {
         "coldtap_version": __version__,
