@@ -21,7 +21,7 @@ from coldtap.stores.format.codes import (
     restore_codes,
 )
 
-type TierName = Literal["float32", "float16", "bfloat16", "int8", "quarters"]
+type TierName = Literal["float32", "float16", "bfloat16", "int8"]
 type Layout = Literal["fast", "compact"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout.__value__)
 
@@ -164,16 +164,7 @@ class _Int8(Tier):
         restore_codes(stored, out, numbers.scaling)
 
 
-class _Quarters(_Float16):
-    """float16 whose exponent is 2 at least."""
-
-    name: TierName = "quarters"
-
-    def exponent(self, largest: float) -> int:
-        return max(2, float16_exponent(largest))
-
-
-TIERS: Mapping[str, Tier] = {tier.name: tier for tier in (_Float32(), _Float16(), _Bfloat16(), _Int8(), _Quarters())}
+TIERS: Mapping[str, Tier] = {tier.name: tier for tier in (_Float32(), _Float16(), _Bfloat16(), _Int8())}
 
 
 def scales_rule(bound: ErrorBound | None, calibration_rows: int) -> dict[str, Any]:
