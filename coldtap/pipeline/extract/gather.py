@@ -82,4 +82,4 @@ def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:
 
 type _Gathering = Callable[[Sequence[Tensor], Sequence[ArraySpec]], Iterator[Gathered]]
 # How each gather of `coldtap.stores.format.gathers` is computed. Sums come last: they write to one tensor in turn.
-GATHERED: Mapping[GatherName, _Gathering] = {"layers": _layers, "pooled": _pooled, "last": _layers, "sum": _sums}
+GATHERED: Mapping[GatherName, _Gathering] = {"layers": _layers, "pooled": _pooled, "sum": _sums}

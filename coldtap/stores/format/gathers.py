@@ -11,7 +11,7 @@ from coldtap.errors import OptionError
 from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.tiers import Layout, Tier, TierName
 
-type GatherName = Literal["layers", "sum", "pooled", "last"]
+type GatherName = Literal["layers", "sum", "pooled"]
 type Shape = tuple[int, ...]
 
 
@@ -121,11 +121,4 @@ class _Pooled(Gather):
         return "fast"
 
 
-class _Last(Gather):
-    """The last of the chosen taps alone."""
-
-    def arrays(self, taps: Sequence[int], geometries: Mapping[int, Geometry]) -> list[tuple[Geometry, Shape]]:
-        return super().arrays(taps[-1:], geometries)
-
-
-GATHERS: Mapping[GatherName, Gather] = {"layers": _Layers(), "sum": _Sum(), "pooled": _Pooled(), "last": _Last()}
+GATHERS: Mapping[GatherName, Gather] = {"layers": _Layers(), "sum": _Sum(), "pooled": _Pooled()}
