@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from coldtap.adaptors.data.restore import Restorer, StoredBuffer
-from coldtap.stores.reading.array import Exceptions
+from coldtap.stores.reading.array import OutlyingValues
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
-type Item = tuple[StoredBuffer, int, Exceptions]  # a buffer, the rows in it, and what its codes do not hold
+type Item = tuple[StoredBuffer, int, OutlyingValues]  # a buffer, the rows in it, and what its codes do not hold
 
 PREFETCH = 2  # batches read ahead: one being filled while one waits
 ANNOUNCED = 4  # batches beyond those that the kernel is told of: a disk sees many requests at once
@@ -25,7 +25,7 @@ class RowSource(Protocol):
     def buffer(self, n_rows: int, *, pinned: bool) -> StoredBuffer:
         """Returns room for some rows."""
 
-    def read(self, out: np.ndarray[Any, Any], rows: Rows) -> Exceptions:
+    def read(self, out: np.ndarray[Any, Any], rows: Rows) -> OutlyingValues:
         """Reads rows into a part of a buffer."""
 
     def will_need(self, rows: Rows) -> None:
@@ -66,8 +66,8 @@ class ReadAhead:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                buffer, n_rows, exceptions = item
-                yield from self._restored(buffer.tensor[:n_rows], exceptions)
+                buffer, n_rows, outlying = item
+                yield from self._restored(buffer.tensor[:n_rows], outlying)
                 free.put(buffer)
         finally:
             # An epoch that is left early must not leave the thread waiting for a buffer, nor a batch unread.
@@ -84,14 +84,14 @@ class ReadAhead:
                 yield coming.popleft()
         yield from coming
 
-    def _restored(self, stored: torch.Tensor, exceptions: Exceptions) -> Iterator[torch.Tensor]:
+    def _restored(self, stored: torch.Tensor, outlying: OutlyingValues) -> Iterator[torch.Tensor]:
         """Yields one batch; when it goes on, the buffer of `stored` may be written again."""
         if not self._on_gpu:
-            yield self._restorer.rows(stored, exceptions)
+            yield self._restorer.rows(stored, outlying)
             return
         on_device = stored.to(self._device, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record(torch.cuda.current_stream(self._device))
-        yield self._restorer.rows(on_device, exceptions)
+        yield self._restorer.rows(on_device, outlying)
         # The copy waits for whatever the device was asked before it: only now may the buffer take another batch.
         copied.synchronize()

@@ -18,7 +18,7 @@ from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.stores import Store
 from coldtap.stores.format.codes import Floats
 from coldtap.stores.format.compensation import TapMaps
-from coldtap.stores.reading.array import Exceptions
+from coldtap.stores.reading.array import OutlyingValues
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -41,7 +41,7 @@ class StoredTaps:
     Attributes:
         row_shape: Shape of one row.
         dtype: Their dtype in torch.
-        bytes_per_row: Stored bytes of a row, without exceptions.
+        bytes_per_row: Stored bytes of a row, without outlying values.
     """
 
     def __init__(self, store: Store, spec: FeatureSpec, maps: TapMaps | None = None) -> None:
@@ -58,18 +58,18 @@ class StoredTaps:
         bits = tensor.view(torch.uint16) if self.dtype == torch.bfloat16 else tensor
         return StoredBuffer(bits.numpy(), tensor)
 
-    def read(self, out: np.ndarray[Any, Any], rows: Rows) -> Exceptions:
+    def read(self, out: np.ndarray[Any, Any], rows: Rows) -> OutlyingValues:
         """Reads rows into a part of a buffer; returns the values that its codes do not hold."""
-        exceptions = self._array.read_stored_into(out, rows, self._taps)
-        return exceptions if self._maps is None else self._mapped(exceptions, self._maps)
+        outlying = self._array.read_stored_into(out, rows, self._taps)
+        return outlying if self._maps is None else self._mapped(outlying, self._maps)
 
-    def _mapped(self, exceptions: Exceptions, maps: TapMaps) -> Exceptions:
-        """Exceptions are put in after all else, so that they take their map here."""
+    def _mapped(self, outlying: OutlyingValues, maps: TapMaps) -> OutlyingValues:
+        """Outlying values are put in after all else, so that they take their map here."""
         n_taps, n_channels = maps.scale.shape
-        tap = exceptions.position // prod(self.row_shape[-2:]) % n_taps
-        channel = exceptions.position % n_channels
-        value = maps.scale[tap, channel] * exceptions.value + maps.offset[tap, channel]
-        return Exceptions(position=exceptions.position, value=value)
+        tap = outlying.position // prod(self.row_shape[-2:]) % n_taps
+        channel = outlying.position % n_channels
+        value = maps.scale[tap, channel] * outlying.value + maps.offset[tap, channel]
+        return OutlyingValues(position=outlying.position, value=value)
 
     def will_need(self, rows: Rows) -> None:
         """Tells the kernel that these rows are read next."""
@@ -124,22 +124,22 @@ class Restorer:
         self._out = torch.empty(batch_size, *taps.row_shape, device=device)
         self._gathered = torch.empty(min(self._part, batch_size), *taps.row_shape, dtype=taps.dtype, device=device)
 
-    def rows(self, stored: torch.Tensor, exceptions: Exceptions) -> torch.Tensor:
+    def rows(self, stored: torch.Tensor, outlying: OutlyingValues) -> torch.Tensor:
         """Restores every row of `stored`: float32 of its shape."""
         if self._as_stored:
             return stored
         for part in self._parts(len(stored)):
             self._restore(self._out[part], stored[part])
-        return self._with(exceptions, len(stored))
+        return self._with(outlying, len(stored))
 
-    def chosen(self, stored: torch.Tensor, index: torch.Tensor, exceptions: Exceptions) -> torch.Tensor:
-        """Restores the rows of `stored` at `index` (on its device); exceptions are by place in the result."""
+    def chosen(self, stored: torch.Tensor, index: torch.Tensor, outlying: OutlyingValues) -> torch.Tensor:
+        """Restores the rows of `stored` at `index` (on its device); outlying values are by place in the result."""
         if self._as_stored:
             return torch.index_select(stored, 0, index, out=self._out[: len(index)])
         for part in self._parts(len(index)):
             out = self._out[part]
             self._restore(out, torch.index_select(stored, 0, index[part], out=self._gathered[: len(out)]))
-        return self._with(exceptions, len(index))
+        return self._with(outlying, len(index))
 
     def _parts(self, n_rows: int) -> Iterator[slice]:
         return (slice(start, min(start + self._part, n_rows)) for start in range(0, n_rows, self._part))
@@ -152,13 +152,13 @@ class Restorer:
         if self._offset is not None:
             out.add_(self._offset)
 
-    def _with(self, exceptions: Exceptions, n_rows: int) -> torch.Tensor:
+    def _with(self, outlying: OutlyingValues, n_rows: int) -> torch.Tensor:
         out = self._out[:n_rows]
-        if len(exceptions.position) == 0:
+        if len(outlying.position) == 0:
             return out
         if out.device.type == "cpu":
-            out.view(-1).numpy()[exceptions.position] = exceptions.value
+            out.view(-1).numpy()[outlying.position] = outlying.value
         else:
-            place = to_device(torch.from_numpy(exceptions.position), out.device)
-            out.view(-1)[place] = to_device(torch.from_numpy(exceptions.value), out.device)
+            place = to_device(torch.from_numpy(outlying.position), out.device)
+            out.view(-1)[place] = to_device(torch.from_numpy(outlying.value), out.device)
         return out

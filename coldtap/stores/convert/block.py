@@ -133,10 +133,10 @@ def read_values(array: StoredArray, rows: Rows) -> Floats:
 def read_codes(array: StoredArray, rows: Rows) -> Encoded:
     """Codes and escapes of an int8 array as they are stored; rows are counted from the first of `rows`."""
     codes = np.empty((len(rows), *array.row_shape), np.int8)
-    exceptions = array.read_stored_into(codes, rows)
+    outlying = array.read_stored_into(codes, rows)
     by_tap = codes.reshape(len(rows), len(array.taps), *array.row_shape[-2:])
-    position = np.stack(np.unravel_index(exceptions.position, by_tap.shape), axis=1).astype(np.uint32)
-    return Encoded(codes=by_tap, escapes=Escapes(position=position, value=exceptions.value))
+    position = np.stack(np.unravel_index(outlying.position, by_tap.shape), axis=1).astype(np.uint32)
+    return Encoded(codes=by_tap, escapes=Escapes(position=position, value=outlying.value))
 
 
 def _overflows(buffer: ArrayBuffer, values: Floats, rows: Rows) -> Iterator[tuple[int, str, int]]:

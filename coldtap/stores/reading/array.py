@@ -26,7 +26,7 @@ LEAST_BYTES_A_THREAD = {"fast": 1 << 24, "compact": 1 << 17}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exceptions:
+class OutlyingValues:
     """Values that the codes in a buffer do not hold: `buffer.reshape(-1)[position] = value`, once it is restored.
 
     Attributes:
@@ -142,12 +142,12 @@ class StoredArray:
                     restore(stored, by_tap[place : place + 1], numbers)
 
         self._in_threads(read, wanted, len(places))
-        exceptions = self._exceptions(wanted, places)
-        out.reshape(-1, copy=False)[exceptions.position] = exceptions.value
+        outlying = self._outlying(wanted, places)
+        out.reshape(-1, copy=False)[outlying.position] = outlying.value
 
     def read_stored_into(
         self, out: np.ndarray[Any, Any], rows: Sequence[int] | Rows, taps: Sequence[int] | None = None
-    ) -> Exceptions:
+    ) -> OutlyingValues:
         """Read rows as they are stored: int8 codes, float16, the bits of bfloat16, float32.
 
         Args:
@@ -172,7 +172,7 @@ class StoredArray:
                 self._fetch(shard, rows_of_shard, places, by_tap, at)
 
         self._in_threads(read, wanted, len(places))
-        return self._exceptions(wanted, places)
+        return self._outlying(wanted, places)
 
     def will_need(self, rows: Sequence[int] | Rows, taps: Sequence[int] | None = None) -> None:
         """Tell the kernel which rows come next; what is wrong with them is said when they are read."""
@@ -250,11 +250,11 @@ class StoredArray:
             shard.read_rows(rows, [0], _as_chunks(whole, 1), [*range(len(rows))])
             out[at] = whole[:, places]
 
-    def _exceptions(self, wanted: Rows, places: list[int]) -> Exceptions:
+    def _outlying(self, wanted: Rows, places: list[int]) -> OutlyingValues:
         parts = [*self._escaped(wanted, places)] if self._escapes and not self._escapes.is_empty else []
         if not parts:
-            return Exceptions(position=np.empty(0, np.int64), value=np.empty(0, np.float32))
-        return Exceptions(
+            return OutlyingValues(position=np.empty(0, np.int64), value=np.empty(0, np.float32))
+        return OutlyingValues(
             position=np.concatenate([position for position, _ in parts]),
             value=np.concatenate([value for _, value in parts]),
         )
