@@ -12,10 +12,10 @@ import numpy as np
 from coldtap.errors import CorruptStoreError, MachineError, MissingFeaturesError, StoreError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.codes import Scaling, scaling_of_taps
-from coldtap.stores.format.escapes import EscapeReader
 from coldtap.stores.format.gathers import GatherName
 from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.tiers import Numbers
+from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.shard_files import ShardFile, ShardFiles
 from coldtap.stores.storage.threads import Threads
 

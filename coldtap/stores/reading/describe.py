@@ -8,11 +8,11 @@ import numpy as np
 
 from coldtap.errors import StoreError
 from coldtap.stores.format.codes import describe_bound
-from coldtap.stores.format.escapes import EscapeReader
 from coldtap.stores.format.journal import JOURNAL, read_line
 from coldtap.stores.format.manifest import FEATURES, files_of
 from coldtap.stores.format.recipe import PARTS
 from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, read_table
+from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.recipe_file import read_recipe
 from coldtap.stores.reading.store import Rows, Store
 from coldtap.stores.writing.writer import is_complete

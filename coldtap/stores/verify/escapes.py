@@ -5,10 +5,11 @@ from typing import Any
 
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.canonical import parse_json
-from coldtap.stores.format.escapes import EscapeReader, longest_list
+from coldtap.stores.format.escapes import longest_list
 from coldtap.stores.format.manifest import FEATURES, Entry
 from coldtap.stores.format.metadata import escape_files
 from coldtap.stores.reading.array import StoredArray
+from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.store import Store
 from coldtap.stores.verify.problems import Problem
 

@@ -25,10 +25,9 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 
 from coldtap.errors import CorruptStoreError, MachineError, MissingFeaturesError, StoreError
 from coldtap.stores import open_store
-from coldtap.stores.format import escapes
 from coldtap.stores.format.codes import Scaling
 from coldtap.stores.format.geometry import Geometry
-from coldtap.stores.reading import shard_files
+from coldtap.stores.reading import escape_reader, shard_files
 from coldtap.stores.verify.verify import verify_store
 from tests.helpers.places import ROOT
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
@@ -331,7 +330,7 @@ def n_open():
 def test_open_files_and_what_is_cached_are_bounded(path, monkeypatch):
     monkeypatch.setattr(shard_files, "MAX_OPEN_FILES", 3)
     monkeypatch.setattr(shard_files, "MAX_INDEX_BYTES", 2_000)
-    monkeypatch.setattr(escapes, "MAX_CACHED_BYTES", 1_000)
+    monkeypatch.setattr(escape_reader, "MAX_CACHED_BYTES", 1_000)
     store = open_store(path, threads=2)
     rows = all_rows(store)
     truth = {name: by_zarr(store, array) for name, array in store.arrays.items()}
