@@ -115,7 +115,7 @@ def fit_compensation(
         pairs = _Pairs.of(there, other, split, max_rows, folds)
         fits = {array: _fit(there.arrays[array], other.arrays[array], pairs, ridge) for array in arrays}
         data = compensation_bytes(
-            {array: of.maps for array, of in fits.items()},
+            {array: fit.maps for array, fit in fits.items()},
             {
                 **_origin(there, other),
                 "split": split,
@@ -123,7 +123,7 @@ def fit_compensation(
                 "samples": pairs.n_samples,
                 "ridge": ridge,
                 "gate": {"held_out": "samples", "folds": folds},
-                "gain": {array: [asdict(gain) for gain in of.gains] for array, of in fits.items()},
+                "gain": {array: [asdict(gain) for gain in fit.gains] for array, fit in fits.items()},
             },
         )
         file = compensation_file(name)
@@ -140,7 +140,7 @@ def fit_compensation(
         split=split,
         n_rows=len(pairs.rows),
         n_samples=pairs.n_samples,
-        arrays={array: of.gains for array, of in fits.items()},
+        arrays={array: fit.gains for array, fit in fits.items()},
     )
 
 

@@ -31,7 +31,7 @@ _TYPES: dict[TargetKind, pa.DataType] = {
     "labels": pa.list_(pa.int64()),
     "token-class": pa.list_(pa.int32()),
 }
-_SCHEMAS = {kind: pa.schema([("sample_id", pa.string()), ("target", of)]) for kind, of in _TYPES.items()}
+_SCHEMAS = {kind: pa.schema([("sample_id", pa.string()), ("target", arrow)]) for kind, arrow in _TYPES.items()}
 TARGETS_SCHEMA = _SCHEMAS["class"]
 
 type Integers = np.ndarray[Any, np.dtype[np.int64]]
