@@ -1,6 +1,7 @@
 """The parts of a store on their own: recipe, row plan, tiers, manifest."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
