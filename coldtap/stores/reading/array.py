@@ -58,6 +58,7 @@ class StoredArray:
     ) -> None:
         """Hold what reading needs; `read` gives the small files that the manifest lists."""
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
+        self._gathered_as = spec.gathered_as
         self._files, self._threads = files, threads
         self._escapes = EscapeReader(spec, read, files.features) if spec.kept_as.is_coded else None
 
@@ -177,7 +178,7 @@ class StoredArray:
     def will_need(self, rows: Sequence[int] | Rows, taps: Sequence[int] | None = None) -> None:
         """Tell the kernel which rows come next; what is wrong with them is said when they are read."""
         wanted = np.asarray(rows, np.int64)
-        chunks = self._places(taps) if self.spec.gathered_as.chunk_per_tap else [0]
+        chunks = self._places(taps) if self._gathered_as.chunk_per_tap else [0]
         blocks, places = np.divmod(wanted[(wanted >= 0) & (wanted < self.n_rows)], self.spec.block_rows)
         for block in np.unique(blocks).tolist():
             try:
@@ -190,7 +191,7 @@ class StoredArray:
             return list(range(len(self.taps)))
         if missing := [tap for tap in taps if tap not in self.taps]:
             raise MissingFeaturesError(f"{self._where} has no tap {missing[0]}; it holds {list(self.taps)}")
-        if not self.spec.gathered_as.has_tap_axis and len(taps) != 1:
+        if not self._gathered_as.has_tap_axis and len(taps) != 1:
             raise ValueError(f"{self._where} is one sum; taps {list(taps)} were asked for")
         return [self.taps.index(tap) for tap in taps]
 
@@ -198,7 +199,7 @@ class StoredArray:
         self, out: np.ndarray[Any, Any], rows: Sequence[int] | Rows, places: list[int], dtype: np.dtype[Any]
     ) -> Rows:
         wanted = np.asarray(rows, np.int64)
-        shape = (len(wanted), *self.spec.gathered_as.row_shape(self.geometry, len(places)))
+        shape = (len(wanted), *self._gathered_as.row_shape(self.geometry, len(places)))
         if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
             raise ValueError(f"out is {out.dtype} {out.shape}; expected contiguous, writable {dtype} {shape}")
         outside = wanted[(wanted < 0) | (wanted >= self.n_rows)]
@@ -241,7 +242,7 @@ class StoredArray:
         self, shard: ShardFile, rows: list[int], places: list[int], out: np.ndarray[Any, Any], at: list[int]
     ) -> None:
         """Stored numbers of rows of one shard into `out` (row, tap, token, channel)."""
-        if self.spec.gathered_as.chunk_per_tap:
+        if self._gathered_as.chunk_per_tap:
             shard.read_rows(rows, places, _as_chunks(out, len(places)), at)
         elif places == [*range(len(self.taps))]:
             shard.read_rows(rows, [0], _as_chunks(out, 1), at)
