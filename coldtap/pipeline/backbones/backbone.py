@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from coldtap.errors import ColdtapError, MachineError, ModelError, OptionError
 from coldtap.pipeline.backbones.final_norm import final_norm
+from coldtap.pipeline.backbones.inputs import normalise, preprocess_of_model
 from coldtap.pipeline.backbones.integer.artefact import Artefact, read_artefact
 from coldtap.pipeline.backbones.integer.kernel_choice import KernelChoice, choose_kernel
 from coldtap.pipeline.backbones.integer.layers import quantised_layers
@@ -20,7 +21,7 @@ from coldtap.pipeline.backbones.integer.run_on import run_on
 from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.backbones.taps import TapReader, geometries_of, read_taps_of
 from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
-from coldtap.pipeline.images.preprocess import Preprocess, normalise
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.stores.format.arrays import Geometry
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import differing_fields
@@ -215,7 +216,7 @@ def _override(how: Preprocess, module: nn.Module, overrides: Mapping[str, Any]) 
     parts = how.to_dict()
     size = (parts.pop("height"), parts.pop("width"))
     given = {name: value for name, value in overrides.items() if value is not None}
-    return Preprocess.from_timm(module, {"input_size": size, **parts, **given})
+    return preprocess_of_model(module, {"input_size": size, **parts, **given})
 
 
 def _float_module(
@@ -255,7 +256,7 @@ def _timm_preprocess(module: nn.Module, overrides: Mapping[str, Any]) -> Preproc
         raise ModelError(
             f"{type(module).__name__} carries no preprocessing: give `preprocess=Preprocess(...)` with its input size"
         )
-    return Preprocess.from_timm(module, overrides)
+    return preprocess_of_model(module, overrides)
 
 
 def resolve_device(name: str) -> torch.device:
