@@ -15,7 +15,6 @@ from coldtap.errors import InterruptedRunError, OptionError, StoreLockedError
 from coldtap.pipeline.backbones.backbone import Backbone, Precision
 from coldtap.pipeline.backbones.batch_size import choose_batch_size
 from coldtap.pipeline.cache_report import CacheReport
-from coldtap.pipeline.extract.block import Extraction
 from coldtap.pipeline.extract.calibrate import Calibration, calibrate
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
@@ -26,7 +25,7 @@ from coldtap.pipeline.plan.plan import JobPlan
 from coldtap.pipeline.plan.relabel import relabel
 from coldtap.pipeline.run.assignment import Assignment
 from coldtap.pipeline.run.environment import describe_environment, require_same_environment
-from coldtap.pipeline.run.in_process import run_blocks
+from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.pipeline.run.rejections import Rejections
 from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
 from coldtap.stores.format.arrays import Layout, Tier
@@ -273,17 +272,16 @@ class _Work:
     ) -> Generator[JournalLine]:
         """Do blocks in this process."""
         with ThreadPoolExecutor(1, "device") as device:
-            job = Extraction(
+            runner = BlockRunner(
                 backbone=self.plan.backbone,
                 decoder=decoder,
                 device=device,
                 writer=writer,
                 environment=self.environment,
                 fail_on_bad_image=self.fail_on_bad_image,
-                advance=self.told.advance,
                 stop=request.event,
             )
-            yield from run_blocks(job, todo)
+            yield from runner.run_blocks(todo, self.told.advance)
 
     def _on_workers(
         self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest

@@ -6,25 +6,43 @@ device that has it.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.arrays import Gather, Geometry
+
+
+class FeatureSpec(Protocol):
+    """Which features are wanted: an array's specification and an adaptor's are such ones."""
+
+    @property
+    def gather(self) -> Gather:
+        """How taps become one tensor."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """That the taps share."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Indices of the taps; of `sum` the one k of z0 + … + zk."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Gathered:
-    """One tap of one array for a batch.
+class Gathered[S: FeatureSpec]:
+    """One tap of wanted features for a batch.
 
     Attributes:
-        array: the array's name.
-        position: the tap's place in the array; None where the array has no tap axis (`sum`).
+        spec: what they were wanted for.
+        tap: index of the tap; of `sum` k.
+        position: the tap's place on the tap axis; None where there is no such axis (`sum`).
         values: (batch, token, channel) float, on the backbone's device.
         low, high: (batch,) the smallest and largest value of each image; NaN where one is NaN.
     """
 
-    array: str
+    spec: S
     tap: int
     position: int | None
     values: Tensor
@@ -37,27 +55,27 @@ class Gathered:
         self.low, self.high = flat.amin(dim=1), flat.amax(dim=1)
 
 
-def gather(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
-    """All that the arrays keep of a batch.
+def gather[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
+    """All features that are wanted of a batch.
 
     Args:
         taps: every tap of the backbone, (batch, token, channel) each.
-        specs: the arrays to fill.
+        specs: what is wanted.
     """
-    by_gather: dict[str, list[ArraySpec]] = {"layers": [], "sum": [], "pooled": []}
+    by_gather: dict[str, list[S]] = {"layers": [], "sum": [], "pooled": []}
     for spec in specs:
         by_gather[spec.gather].append(spec)
     for spec in by_gather["layers"]:
         for position, tap in enumerate(spec.taps):
-            yield Gathered(array=spec.name, tap=tap, position=position, values=taps[tap])
+            yield Gathered(spec=spec, tap=tap, position=position, values=taps[tap])
     for spec in by_gather["pooled"]:
         for position, tap in enumerate(spec.taps):
             values = pooled(taps[tap], spec.geometry.prefix_tokens)
-            yield Gathered(array=spec.name, tap=tap, position=position, values=values)
+            yield Gathered(spec=spec, tap=tap, position=position, values=values)
     yield from _sums(taps, {spec.taps[0]: spec for spec in by_gather["sum"]})
 
 
-def _sums(taps: Sequence[Tensor], specs: Mapping[int, ArraySpec]) -> Iterator[Gathered]:
+def _sums[S: FeatureSpec](taps: Sequence[Tensor], specs: Mapping[int, S]) -> Iterator[Gathered[S]]:
     if not specs:
         return
     total = taps[0].float().clone()
@@ -65,7 +83,7 @@ def _sums(taps: Sequence[Tensor], specs: Mapping[int, ArraySpec]) -> Iterator[Ga
         if k > 0:
             total += taps[k]
         if k in specs:
-            yield Gathered(array=specs[k].name, tap=k, position=None, values=total)
+            yield Gathered(spec=specs[k], tap=k, position=None, values=total)
 
 
 def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:

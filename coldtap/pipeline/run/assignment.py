@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from coldtap.errors import IncompleteStoreError
-from coldtap.pipeline.extract.block import Extraction
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources.parquet import ParquetSource
 from coldtap.pipeline.images.sources.spool import SharedSpool
 from coldtap.pipeline.plan.options import JobDescription
+from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.reading.recipe_file import require_same_recipe
 from coldtap.stores.reading.stored_numbers import stored_numbers
@@ -47,7 +47,7 @@ class Assignment:
     fail_on_bad_image: bool
     spool: SharedSpool | None
 
-    def make_ready(self, stop: threading.Event) -> Extraction:
+    def make_ready(self, stop: threading.Event) -> BlockRunner:
         """Load the backbone, list the source and open the store; takes seconds, once a process.
 
         Raises:
@@ -67,7 +67,7 @@ class Assignment:
         if numbers is None:
             raise IncompleteStoreError(f"{self.store}: the metadata of its arrays is gone; run the same command again")
         writer.numbers = numbers
-        return Extraction(
+        return BlockRunner(
             backbone=backbone,
             decoder=Decoder(
                 source=source,

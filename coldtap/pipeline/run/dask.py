@@ -61,7 +61,7 @@ def run_on_workers(
     Raises:
         InterruptedRunError: `stop` was set.
         MachineError: the processes cannot start, or die too often.
-        ColdtapError: as `extract_block`.
+        ColdtapError: as `BlockRunner.run_block`.
     """
     name = f"coldtap-{assignment.recipe.address[:16]}"
     progress = _Progress(plan, advance)
