@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from coldtap.errors import IncompleteStoreError
+from coldtap.pipeline.backbones.backbone import load_from_options
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources.parquet import ParquetSource
 from coldtap.pipeline.images.sources.spool import SharedSpool
-from coldtap.pipeline.plan.options import JobDescription
+from coldtap.pipeline.plan.description import JobDescription
+from coldtap.pipeline.plan.plan import plan_job
 from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.reading.recipe_file import require_same_recipe
@@ -59,8 +61,14 @@ class Assignment:
         source = description.open_source()
         if isinstance(source, ParquetSource) and self.spool is not None:
             source.use_spool(self.spool)
-        backbone = description.load_backbone()
-        plan = description.plan(source, backbone, source.listing.splits)
+        backbone = load_from_options(description.extractor)
+        plan = plan_job(
+            source,
+            backbone.describe(),
+            splits=source.listing.splits,
+            rows=description.rows,
+            encoding=description.encoding,
+        )
         require_same_recipe(self.store, self.recipe, plan.recipe)
         writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
         numbers = stored_numbers(self.store, plan.specs)
@@ -72,8 +80,8 @@ class Assignment:
             decoder=Decoder(
                 source=source,
                 preprocess=backbone.preprocess,
-                augmentation=plan.augmentation,
-                seed=plan.seed,
+                augmentation=description.rows.augmentation,
+                seed=description.rows.seed,
                 batch_size=self.batch_size,
                 pool=ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode"),
                 n_threads=self.decode_threads,

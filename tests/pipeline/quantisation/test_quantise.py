@@ -451,7 +451,7 @@ def artefact(tmp_path_factory):
 def test_a_quantised_store_says_so_and_float_features_never_stand_in_for_it(tmp_path, artefact):
     path, source = artefact
     options = {"batch_size": 8, "device": "cpu", "tier": "float32"}
-    cache_features(source, tmp_path / "q", quantised=path, **options)
+    cache_features(source, tmp_path / "q", quantized=path, **options)
     store = open_store(tmp_path / "q")
     assert store.recipe.extractor["quantisation"]["artefact"] == read_artefact(path).digest
     assert store.recorded["environment"]["kernel"] in ("onednn", "int_mm", "float")
@@ -462,8 +462,8 @@ def test_a_quantised_store_says_so_and_float_features_never_stand_in_for_it(tmp_
     other = path.with_name("other.safetensors")
     quantize("coldtap/vit-reference", source, other, images=32, compensate="none", device="cpu")
     with pytest.raises(RecipeMismatchError, match="artefact"):
-        cache_features(source, tmp_path / "q", quantised=other, **options)
-    assert cache_features(source, tmp_path / "q", quantised=path, **options).status == "unchanged"
+        cache_features(source, tmp_path / "q", quantized=other, **options)
+    assert cache_features(source, tmp_path / "q", quantized=path, **options).status == "unchanged"
 
 
 def test_workers_run_the_kernel_that_was_chosen_and_write_the_same_bytes(tmp_path, artefact):
