@@ -65,7 +65,6 @@ def cache_features(
     views: int = 0,
     augmentation: Augmentation | None = None,
     seed: int = 0,
-    limit: int | None = None,
     quantized: str | Path | None = None,
     kernel: str = "auto",
     batch_size: int | None = None,
@@ -101,7 +100,6 @@ def cache_features(
         views: augmented views of each training image, beside view 0.
         augmentation: how they are drawn.
         seed: of the row order, of a val split cut from train, and of the views.
-        limit: samples per split; None for all.
         quantized: an artefact of `quantize`, in place of weights, precision and preprocessing.
         kernel: of a quantised backbone: `auto`, `int` or `float`.
         batch_size: images a forward pass; None goes on as the store began, or chooses.
@@ -131,9 +129,7 @@ def cache_features(
             quantised=_path(quantized),
             kernel=kernel,
         ),
-        rows=RowOptions(
-            split=_names(split), views=views, augmentation=augmentation or Augmentation(), seed=seed, limit=limit
-        ),
+        rows=RowOptions(split=_names(split), views=views, augmentation=augmentation or Augmentation(), seed=seed),
         encoding=EncodingOptions(
             taps=taps,
             gather=_names(gather),

@@ -1,6 +1,5 @@
 """What the user asks of a job, grouped as a recipe is: extractor, rows, encoding; and how the job is to run."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,14 +62,12 @@ class RowOptions:
         views: augmented views of each training image, beside view 0.
         augmentation: how they are drawn.
         seed: of the row order, of a val split cut from train, and of the views.
-        limit: samples per split, the first ones of the listing; None for all.
     """
 
     split: tuple[str, ...] | None = None
     views: int = 0
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
-    limit: int | None = None
 
     def __post_init__(self) -> None:
         if self.views < 0:
@@ -85,13 +82,6 @@ class RowOptions:
             OptionError: a split that no sample has.
         """
         kept = self.split or set(splits)
-        if self.limit is not None:
-            n_before: Counter[str] = Counter()
-            counted = []
-            for split in splits:
-                counted.append(split if n_before[split] < self.limit else "left out")
-                n_before[split] += 1
-            splits = counted
         return RowPlan.of(
             listing.ids,
             splits,
