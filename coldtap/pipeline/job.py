@@ -102,8 +102,8 @@ def cache_features(
         seed: of the row order, of a val split cut from train, and of the views.
         quantized: an artefact of `quantize`, in place of weights, precision and preprocessing.
         kernel: of a quantised backbone: `auto`, `int` or `float`.
-        batch_size: images a forward pass; None goes on as the store began, or chooses.
-        decode_threads: of all workers together; None for one a core.
+        batch_size: images per forward pass; None goes on as the store began, or chooses.
+        decode_threads: of all workers together; None for one per core.
         workers: processes that do blocks; the bytes are those of one. More than one need a source and a model that
             can be pickled, and in a script a call below `if __name__ == "__main__":`.
         on_bad_image: `reject` the row and go on, or `fail`.

@@ -88,7 +88,7 @@ class Backbone:
             pixels: (batch, channel, height, width) uint8, resized and cropped, on any device.
 
         Returns:
-            (batch, token, channel) a tap, in the backbone's precision, on its device.
+            (batch, token, channel) per tap, in the backbone's precision, on its device.
         """
         with torch.inference_mode(), exact_float32():
             images = normalise(pixels.to(self.device), self.preprocess, getattr(torch, self.precision))

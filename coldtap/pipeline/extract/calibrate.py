@@ -24,7 +24,7 @@ class Calibration:
 
     Attributes:
         numbers: how the values of each array are to be kept.
-        errors: of each int8 array, what its codes lose on rows that were not used for its scales, a tap.
+        errors: of each int8 array, what its codes lose on rows that were not used for its scales, per tap.
         compressed: of each `compact` array, the share of its codes' bytes that zstd leaves.
         rows_per_second: decoding and backbone, batch after batch, the first (warming) batch left out.
     """

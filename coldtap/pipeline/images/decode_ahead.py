@@ -54,7 +54,7 @@ class Decoder:
         preprocess: resizing and cropping.
         augmentation: how views 1 … V are drawn.
         seed: of the augmentations.
-        batch_size: samples a batch.
+        batch_size: samples per batch.
         pool: the threads that decode; shared by all blocks.
         n_threads: how many parts a batch is cut into.
     """

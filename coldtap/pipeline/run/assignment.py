@@ -32,11 +32,11 @@ class Assignment:
         store: where it writes; the process that gives out the blocks holds its lock.
         recipe: what the plan of every worker must come to.
         environment: for the journal.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         decode_threads: of each worker.
         torch_threads: of each worker.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
-        spool: the images of a Parquet source, which need not be copied once a worker.
+        spool: the images of a Parquet source, which need not be copied once per worker.
     """
 
     description: bytes
@@ -50,7 +50,7 @@ class Assignment:
     spool: SharedSpool | None
 
     def make_ready(self, stop: threading.Event) -> BlockRunner:
-        """Load the backbone, list the source and open the store; takes seconds, once a process.
+        """Load the backbone, list the source and open the store; takes seconds, once per process.
 
         Raises:
             OptionError: source or model cannot be made anew in this process.

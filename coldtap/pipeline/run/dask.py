@@ -54,7 +54,7 @@ def run_on_workers(
     advance: Callable[[int], None],
     stop: threading.Event,
 ) -> Iterator[JournalLine]:
-    """Journal lines of blocks as they finish; a few a worker at a time.
+    """Journal lines of blocks as they finish; a few per worker at a time.
 
     Leaving the iteration stops the blocks in flight at their next batch, and ends the processes.
 
