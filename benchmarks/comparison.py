@@ -44,7 +44,6 @@ from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.extract.gather import gather
 from coldtap.pipeline.images.decode import decode_rgb
 from coldtap.stores import open_store
-from coldtap.stores.format.arrays import ArraySpec
 
 type Records = list[dict[str, Any]]
 type Way = Literal["backbone", "disk", "memory"]
@@ -274,16 +273,8 @@ class Pixels:
 
     def features(self, spec: FeatureSpec) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The same as the features that an adaptor reads: (batch, *row shape) float32."""
-        wanted = ArraySpec(
-            gather=spec.gather,
-            geometry=spec.geometry,
-            taps=spec.taps,
-            tier="float32",
-            layout="fast",
-            block_rows=1,
-        )
         for pixels, targets in self.batches():
-            parts = [part.values for part in gather(self._backbone(pixels), [wanted])]
+            parts = [part.values for part in gather(self._backbone(pixels), [spec])]
             # A copy, since what comes out of inference mode cannot be kept for a backward pass.
             yield parts[0].clone() if spec.gather == "sum" else torch.stack(parts, dim=1), targets
 

@@ -232,7 +232,7 @@ def whole_speed(case: Case, name: str, folder: Path) -> float:
 
     images = encoded_images(max(case.side + 32, 32))
     if name == INTEGER:
-        options: dict[str, Any] = {"quantised": folder / "q.safetensors"}
+        options: dict[str, Any] = {"quantized": folder / "q.safetensors"}
     elif name == ORT:
         module = OnnxTaps(folder)
         names = [f"taps.{i}" for i in range(len(module.taps))]

@@ -38,8 +38,9 @@ from coldtap.adaptors.networks.heads import ClassifierHead, FrozenNorm, Pool
 from coldtap.adaptors.training.optimizer import learning_rate_at, make_optimizer
 from coldtap.errors import RunError
 from coldtap.pipeline.backbones.backbone import Backbone, exact_float32, load_backbone
+from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.images.decode import decode_rgb
-from coldtap.pipeline.images.preprocess import Preprocess, normalise
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.storage.atomic import write_file

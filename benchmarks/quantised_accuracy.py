@@ -111,7 +111,7 @@ def _quantised_cell(task: CellTask, work: Path) -> dict[str, Any]:
         target=TARGET,
         seed=task.seed,
     )
-    backbone = load_backbone(quantised=artefact, device="cpu")
+    backbone = load_backbone(quantized=artefact, device="cpu")
     assert backbone.kernel is not None
     found: dict[str, Any] = {
         "kernel": backbone.kernel.kernel.name,
@@ -163,7 +163,7 @@ def _cache(dataset: Path, store: Path, artefact: Path | None) -> None:
         dataset,
         store,
         model=MODEL if artefact is None else None,
-        quantised=artefact,
+        quantized=artefact,
         gather=GATHERS,
         taps="last:1",
         device="cpu",

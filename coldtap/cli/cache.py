@@ -104,7 +104,7 @@ def cache_features(
             model=model,
             checkpoint=checkpoint,
             random_weights=random_weights,
-            quantised=quantized,
+            quantized=quantized,
             kernel=kernel,
             preprocess={name: value for name, value in overrides.items() if value is not None},
             precision=precision,  # type: ignore[arg-type] # checked inside, with a message

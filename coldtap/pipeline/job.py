@@ -6,29 +6,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from coldtap.errors import InterruptedRunError, OptionError, StoreLockedError
-from coldtap.pipeline.backbones.backbone import Backbone, Precision
-from coldtap.pipeline.backbones.batch_size import choose_batch_size
 from coldtap.pipeline.cache_report import CacheReport
-from coldtap.pipeline.extract.block import Extraction
-from coldtap.pipeline.extract.calibrate import Calibration, calibrate
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Listing, Source
-from coldtap.pipeline.images.sources.parquet import ParquetSource
-from coldtap.pipeline.plan.options import JobDescription
-from coldtap.pipeline.plan.plan import JobPlan
+from coldtap.pipeline.plan.backbone_description import BackboneDescription
+from coldtap.pipeline.plan.description import JobDescription
+from coldtap.pipeline.plan.options import EncodingOptions, ExtractorOptions, Precision, RowOptions, RunOptions
+from coldtap.pipeline.plan.plan import JobPlan, plan_job
 from coldtap.pipeline.plan.relabel import relabel
-from coldtap.pipeline.run.assignment import Assignment
-from coldtap.pipeline.run.environment import describe_environment, require_same_environment
-from coldtap.pipeline.run.in_process import run_blocks
+from coldtap.pipeline.run.block_run import BlockRun
+from coldtap.pipeline.run.environment import require_same_environment
 from coldtap.pipeline.run.rejections import Rejections
-from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
 from coldtap.stores.format.codes import ErrorBound
 from coldtap.stores.format.journal import JournalLine, read_line
 from coldtap.stores.format.recipe import Recipe
@@ -43,12 +35,18 @@ from coldtap.stores.writing.reporting import Reporter, Silence
 from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
 from coldtap.stores.writing.writer import StoreWriter, is_complete
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from coldtap.pipeline.extract.calibrate import Calibration
+    from coldtap.pipeline.run.engine import Engine
+
 
 def cache_features(
     source: Any,
     store: str | Path,
     *,
-    model: str | nn.Module | None = None,
+    model: "str | nn.Module | None" = None,
     checkpoint: str | Path | None = None,
     random_weights: bool = False,
     preprocess: Preprocess | Mapping[str, Any] | None = None,
@@ -67,7 +65,7 @@ def cache_features(
     views: int = 0,
     augmentation: Augmentation | None = None,
     seed: int = 0,
-    quantised: str | Path | None = None,
+    quantized: str | Path | None = None,
     kernel: str = "auto",
     batch_size: int | None = None,
     decode_threads: int | None = None,
@@ -83,7 +81,7 @@ def cache_features(
     Args:
         source: a path that `open_source` understands, a source, or any indexable of (image, target).
         store: where the store is, or will be. The same recipe goes on, or has nothing to do.
-        model: a timm name, `coldtap/vit-reference` (the default), or any module; with `quantised` its own.
+        model: a timm name, `coldtap/vit-reference` (the default), or any module; with `quantized` its own.
         checkpoint: local weights for a timm name.
         random_weights: no trained weights, for measurements.
         preprocess: overrides of the model's own configuration, or all of it.
@@ -102,10 +100,10 @@ def cache_features(
         views: augmented views of each training image, beside view 0.
         augmentation: how they are drawn.
         seed: of the row order, of a val split cut from train, and of the views.
-        quantised: an artefact of `quantize`, in place of weights, precision and preprocessing.
+        quantized: an artefact of `quantize`, in place of weights, precision and preprocessing.
         kernel: of a quantised backbone: `auto`, `int` or `float`.
-        batch_size: images a forward pass; None goes on as the store began, or chooses.
-        decode_threads: of all workers together; None for one a core.
+        batch_size: images per forward pass; None goes on as the store began, or chooses.
+        decode_threads: of all workers together; None for one per core.
         workers: processes that do blocks; the bytes are those of one. More than one need a source and a model that
             can be pickled, and in a script a call below `if __name__ == "__main__":`.
         on_bad_image: `reject` the row and go on, or `fail`.
@@ -117,77 +115,97 @@ def cache_features(
     Raises:
         ColdtapError: one of its kinds (`coldtap.errors`), always with what to do.
     """
-    _check_options(batch_size, decode_threads, workers, max_rejected, on_bad_image)
-    told = reporter or Silence()
-    path = Path(store)
-    _refuse_store_in_source(path, source)
-    found = read_recipe(path)
-    asked = JobDescription(
+    job = JobDescription(
         source=source,
-        model=model,
-        checkpoint=None if checkpoint is None else Path(checkpoint),
-        random_weights=random_weights,
-        preprocess=preprocess,
-        tap_names=tap_names,
-        prefix_tokens=prefix_tokens,
-        precision=precision,
-        device=device,
-        taps=taps,
-        gather=gather,
-        sum_at=sum_at,
-        tier=tier,
-        layout=layout,
-        bound=None if snr is None and max_error is None else ErrorBound(snr_db=snr, max_error=max_error),
-        split=split,
-        views=views,
-        augmentation=augmentation,
-        seed=seed,
-        quantised=None if quantised is None else Path(quantised),
-        kernel=_begun_kernel(found[1]) if found and quantised is not None and kernel == "auto" else kernel,
+        extractor=ExtractorOptions(
+            model=model,
+            checkpoint=_path(checkpoint),
+            random_weights=random_weights,
+            preprocess=preprocess,
+            tap_names=tap_names,
+            prefix_tokens=prefix_tokens,
+            precision=precision,
+            device=device,
+            quantised=_path(quantized),
+            kernel=kernel,
+        ),
+        rows=RowOptions(split=_names(split), views=views, augmentation=augmentation or Augmentation(), seed=seed),
+        encoding=EncodingOptions(
+            taps=taps,
+            gather=_names(gather),
+            sum_at=sum_at,
+            tier=tier,
+            layout=layout,
+            bound=None if snr is None and max_error is None else ErrorBound(snr_db=snr, max_error=max_error),
+        ),
     )
-    images = asked.open_source()
+    running = RunOptions(
+        batch_size=batch_size,
+        decode_threads=decode_threads,
+        workers=workers,
+        on_bad_image=on_bad_image,
+        max_rejected=max_rejected,
+        allow_mixed=allow_mixed,
+        dry_run=dry_run,
+    )
+    return _run(job, Path(store), running, reporter or Silence())
+
+
+def _run(job: JobDescription, path: Path, running: RunOptions, reporter: Reporter) -> CacheReport:
+    """Plan the job against what is at the path, and do what is left of it."""
+    _refuse_store_in_source(path, job.source)
+    found = read_recipe(path)
+    images = job.open_source()
     for note in images.listing.notes:
-        told.note(note)
-    backbone = asked.load_backbone()
-    if backbone.kernel is not None:
-        told.note(f"kernel {backbone.kernel.kernel.name}: {backbone.kernel.why}")
-        asked = replace(asked, kernel=backbone.kernel.kernel.name)  # workers shall not choose for themselves
-    plan = asked.plan(images, backbone, _splits(path, found[0] if found else None, images.listing))
+        reporter.note(note)
+    job = _with_begun_kernel(job, found[1] if found else None)
+    engine = _load_engine(job.extractor)
+    if engine.kernel is not None:
+        name, why = engine.kernel
+        reporter.note(f"kernel {name}: {why}")
+        job = _with_kernel(job, name)  # workers shall not choose for themselves
+    splits = _splits(path, found[0] if found else None, images.listing)
+    plan = plan_job(images, engine.describe(), splits=splits, rows=job.rows, encoding=job.encoding)
     if found is not None:
         require_same_recipe(path, found[0], plan.recipe)
         if is_complete(path):
-            return relabel(path, plan, dry_run=dry_run)
-    began = found[1]["environment"] if found else {}
-    if found is not None:
+            return relabel(path, plan, dry_run=running.dry_run)
         require_extraction(path, found[1])
-    size = batch_size or began.get("batch_size") or choose_batch_size(backbone)
-    environment = describe_environment(backbone, size)
+    began = found[1]["environment"] if found else {}
+    size = running.batch_size or began.get("batch_size") or engine.choose_batch_size()
+    environment = engine.environment(size)
     if found is not None:
-        require_same_environment(began, environment, allow_mixed=allow_mixed)
+        require_same_environment(began, environment, allow_mixed=running.allow_mixed)
     work = _Work(
         store=path,
         plan=plan,
-        n_workers=workers,
-        description=_for_workers(asked, images) if workers > 1 else b"",
-        model=_name_of(model, backbone),
+        engine=engine,
+        running=running,
+        description=_for_workers(job, images) if running.workers > 1 else b"",
+        model=_name_of(job.extractor.model, plan.backbone),
         environment=environment,
         recorded=found[1] if found else None,
-        fail_on_bad_image=on_bad_image == "fail",
-        max_rejected=max_rejected,
-        told=told,
+        reporter=reporter,
     )
-    n_threads = decode_threads or os.cpu_count() or 1
+    n_threads = running.decode_threads or os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads, thread_name_prefix="decode") as pool:
         decoder = Decoder(
             source=images,
-            preprocess=backbone.preprocess,
-            augmentation=plan.augmentation,
-            seed=seed,
+            preprocess=plan.backbone.preprocess,
+            augmentation=job.rows.augmentation,
+            seed=job.rows.seed,
             batch_size=size,
             pool=pool,
             n_threads=n_threads,
         )
-        return work.run(decoder, dry_run=dry_run)
+        return work.run(decoder)
+
+
+def _load_engine(options: ExtractorOptions) -> "Engine":
+    """Load the backbone; here, and only here, a job comes to need torch and timm."""
+    from coldtap.pipeline.run.engine import Engine
+
+    return Engine.load(options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,22 +214,21 @@ class _Work:
 
     store: Path
     plan: JobPlan
-    n_workers: int
+    engine: "Engine"
+    running: RunOptions
     description: bytes
     model: str
     environment: dict[str, Any]
     recorded: Mapping[str, Any] | None
-    fail_on_bad_image: bool
-    max_rejected: float
-    told: Reporter
+    reporter: Reporter
 
-    def run(self, decoder: Decoder, *, dry_run: bool) -> CacheReport:
+    def run(self, decoder: Decoder) -> CacheReport:
         """Calibrate, forecast, and do the blocks that are not there yet."""
         plan = self.plan
         writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
-        calibration = calibrate(plan.backbone, decoder, plan.specs, plan.rows, plan.bound)
+        calibration = self.engine.calibrate(decoder, plan)
         todo, ahead = self._look_ahead(writer, calibration)
-        if dry_run:
+        if self.running.dry_run:
             return CacheReport(store=self.store, status="forecast", digest=None, n_rows=0, n_rejected=0, forecast=ahead)
         require_space(self.store, ahead)
         with machine_errors(self.store):
@@ -226,9 +243,8 @@ class _Work:
             }
             writer.start(recorded, stored_numbers(self.store, plan.specs) or calibration.numbers, plan.backbone.norm)
             rejections = self._count_earlier(todo)
-            run = self._here if min(self.n_workers, len(todo)) <= 1 else self._on_workers
             try:
-                with closing(run(decoder, writer, todo, request)) as lines:
+                with closing(self._do(decoder, writer, todo, request)) as lines:
                     for line in lines:
                         rejections.count(line)
             except InterruptedRunError:
@@ -243,7 +259,7 @@ class _Work:
             forecast=ahead,
         )
 
-    def _look_ahead(self, writer: StoreWriter, calibration: Calibration) -> tuple[list[int], Forecast]:
+    def _look_ahead(self, writer: StoreWriter, calibration: "Calibration") -> tuple[list[int], Forecast]:
         """The blocks that are not there yet, and what they will take."""
         done = set(writer.finished_blocks()) if self.recorded else set()
         todo = [block for block in range(writer.plan.n_blocks) if block not in done]
@@ -251,8 +267,8 @@ class _Work:
             self.store, writer.specs, writer.plan, todo, calibration.rows_per_second, calibration.compressed
         )
         if self.recorded:
-            self.told.note(f"going on with {self.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
-        self.told.forecast(ahead)
+            self.reporter.note(f"going on with {self.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
+        self.reporter.forecast(ahead)
         return todo, ahead
 
     def _require_alone(self) -> None:
@@ -262,59 +278,28 @@ class _Work:
 
     def _count_earlier(self, todo: Sequence[int]) -> Rejections:
         """The rejections of blocks that are there already."""
-        rejections = Rejections(self.plan.rows, self.plan.source, self.max_rejected)
+        rejections = Rejections(self.plan.rows, self.plan.source, self.running.max_rejected)
         for block in sorted(set(range(self.plan.rows.n_blocks)) - set(todo)):
             if line := read_line(self.store, block):
                 rejections.count(line)
         return rejections
 
-    def _here(
+    def _do(
         self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest
     ) -> Generator[JournalLine]:
-        """Do blocks in this process."""
-        with ThreadPoolExecutor(1, "device") as device:
-            job = Extraction(
-                backbone=self.plan.backbone,
-                decoder=decoder,
-                device=device,
-                writer=writer,
-                environment=self.environment,
-                fail_on_bad_image=self.fail_on_bad_image,
-                advance=self.told.advance,
-                stop=request.event,
-            )
-            yield from run_blocks(job, todo)
-
-    def _on_workers(
-        self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest
-    ) -> Generator[JournalLine]:
-        """Do blocks in worker processes, which share the threads that this one would have used."""
-        from coldtap.pipeline.run.dask import run_on_workers  # dask and its libraries take a second to import
-
-        n_workers = min(self.n_workers, len(todo))
-        own = torch.get_num_threads()
-        sizes = batch_sizes(self.plan.rows, decoder.batch_size)
-        n_threads = threads_with_the_same_features(self.plan.backbone, sizes, max(1, own // n_workers))
-        if n_threads * n_workers > own > 1:
-            self.told.note(
-                f"each of {n_workers} workers runs {n_threads} torch threads on cores for {own}: with fewer the "
-                "features would differ in their last bits; fewer --workers may be as fast"
-            )
-        source = decoder.source
-        assignment = Assignment(
-            description=self.description,
-            store=self.store,
-            recipe=self.plan.recipe,
+        """Journal lines of blocks as they finish, here or on workers."""
+        run = BlockRun(
+            decoder=decoder,
+            writer=writer,
             environment=self.environment,
-            batch_size=decoder.batch_size,
-            decode_threads=max(1, decoder.n_threads // n_workers),
-            torch_threads=n_threads,
-            fail_on_bad_image=self.fail_on_bad_image,
-            spool=source.share_spool() if isinstance(source, ParquetSource) else None,
+            fail_on_bad_image=self.running.on_bad_image == "fail",
+            reporter=self.reporter,
+            stop=request.event,
         )
-        yield from run_on_workers(
-            assignment, self.plan.rows, todo, n_workers, advance=self.told.advance, stop=request.event
-        )
+        n_workers = min(self.running.workers, len(todo))
+        if n_workers <= 1:
+            return self.engine.run_here(run, todo)
+        return self.engine.run_on_workers(run, todo, n_workers, self.description)
 
     def _interrupted(self, writer: StoreWriter, request: StopRequest) -> InterruptedRunError:
         n_there, n_blocks = len(writer.finished_blocks()), self.plan.rows.n_blocks
@@ -323,36 +308,36 @@ class _Work:
         )
 
 
-def _begun_kernel(recorded: Mapping[str, Any]) -> str:
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
+    """Several names, or one as a string."""
+    return None if names is None else (names,) if isinstance(names, str) else tuple(names)
+
+
+def _with_begun_kernel(job: JobDescription, recorded: Mapping[str, Any] | None) -> JobDescription:
     """As the batch size: the kernel that began goes on, whatever a clock would choose today."""
-    return str(recorded["environment"].get("kernel", "auto"))
+    if recorded is None or job.extractor.quantised is None or job.extractor.kernel != "auto":
+        return job
+    return _with_kernel(job, str(recorded["environment"].get("kernel", "auto")))
 
 
-def _name_of(model: str | nn.Module | None, backbone: Backbone) -> str:
+def _with_kernel(job: JobDescription, kernel: str) -> JobDescription:
+    return replace(job, extractor=replace(job.extractor, kernel=kernel))
+
+
+def _name_of(model: "str | nn.Module | None", backbone: BackboneDescription) -> str:
     if model is None:
         return backbone.architecture
     return model if isinstance(model, str) else type(model).__name__
 
 
-def _check_options(
-    batch_size: int | None, decode_threads: int | None, workers: int, max_rejected: float, on_bad_image: str
-) -> None:
-    if batch_size is not None and batch_size < 1:
-        raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
-    if decode_threads is not None and decode_threads < 1:
-        raise OptionError(f"--decode-threads {decode_threads}: give at least 1")
-    if workers < 1:
-        raise OptionError(f"--workers {workers}: give at least 1 process")
-    if not 0 <= max_rejected <= 1:
-        raise OptionError(f"--max-rejected {max_rejected}: give a share from 0 to 1")
-    if on_bad_image not in ("reject", "fail"):
-        raise OptionError(f"--on-bad-image {on_bad_image}: choose reject or fail")
-
-
-def _for_workers(asked: JobDescription, images: Source) -> bytes:
+def _for_workers(job: JobDescription, images: Source) -> bytes:
     """Workers list a path themselves; what Python code gives may take long to list, and travels listed."""
-    is_path = isinstance(asked.source, (str, os.PathLike))
-    return (asked if is_path else replace(asked, source=images)).dumps()
+    is_path = isinstance(job.source, (str, os.PathLike))
+    return (job if is_path else replace(job, source=images)).dumps()
 
 
 def _refuse_store_in_source(store: Path, source: Any) -> None:

@@ -13,12 +13,11 @@ from coldtap.errors import ModelError, OptionError
 from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.integer.artefact import read_artefact
 from coldtap.pipeline.extract.gather import gather
-from coldtap.pipeline.images.decode_ahead import Decoder
+from coldtap.pipeline.images.decode_ahead import Decoder, Sample
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Listing, Source
-from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.gathers import GATHERS
 from coldtap.stores.format.recipe import differing_fields
-from coldtap.stores.format.rows import Row
 
 N_DECODE_THREADS = 2
 
@@ -85,16 +84,8 @@ class Predictor:
     def features(self, pixels: Tensor) -> Tensor:
         """What the adaptor reads, in float32, from (batch, channel, height, width) uint8 pixels."""
         needed = self.info.features
-        spec = ArraySpec(
-            gather=needed.gather,
-            geometry=needed.geometry,
-            taps=needed.taps,
-            tier="float32",
-            layout="fast",
-            block_rows=1,
-        )
-        parts = [part.values.float() for part in gather(self.backbone(pixels), [spec])]
-        return torch.stack(parts, dim=1) if spec.gathered_as.has_tap_axis else parts[0]
+        parts = [part.values.float() for part in gather(self.backbone(pixels), [needed])]
+        return torch.stack(parts, dim=1) if GATHERS[needed.gather].has_tap_axis else parts[0]
 
     def predict(self, images: Source, samples: Sequence[int], batch_size: int) -> Iterator[tuple[int, Answer | str]]:
         """What is said of each sample, or why its image cannot be used."""
@@ -108,12 +99,11 @@ class Predictor:
                 pool=pool,
                 n_threads=N_DECODE_THREADS,
             )
-            rows = [Row(number=i, sample=sample, split="test", view=0) for i, sample in enumerate(samples)]
-            for batch in decoder.batches(rows):
+            for batch in decoder.batches([Sample(index) for index in samples]):
                 with torch.inference_mode():
                     answers = self._answers(self.adaptor(self.features(torch.from_numpy(batch.pixels))))
-                for i, (row, result) in enumerate(zip(batch.rows, answers, strict=True)):
-                    yield row.sample, batch.reasons.get(i, result)
+                for i, (sample, result) in enumerate(zip(batch.samples, answers, strict=True)):
+                    yield sample.index, batch.reasons.get(i, result)
 
     def _answers(self, logits: Tensor) -> list[Answer]:
         """The likeliest class of each sample, or where it may have several labels those likelier than not."""

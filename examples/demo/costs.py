@@ -40,15 +40,14 @@ def measure_backbone(folder: Path) -> float:
 
     from coldtap.pipeline.backbones.backbone import load_backbone
     from coldtap.pipeline.backbones.batch_size import choose_batch_size
-    from coldtap.pipeline.images.decode_ahead import Decoder
+    from coldtap.pipeline.images.decode_ahead import Decoder, Sample
     from coldtap.pipeline.images.preprocess import Augmentation
     from coldtap.pipeline.images.sources import open_source
-    from coldtap.stores.format.rows import Row
 
     source, backbone, n_threads = open_source(folder), load_backbone("coldtap/vit-reference"), os.cpu_count() or 1
     size = choose_batch_size(backbone)
     train = [sample for sample, split in enumerate(source.listing.splits) if split == "train"]
-    rows = [Row(number=i, sample=sample, split="train", view=0) for i, sample in enumerate(train[: SLICE + size])]
+    samples = [Sample(index) for index in train[: SLICE + size]]
     with ThreadPoolExecutor(n_threads) as pool:
         decoder = Decoder(
             source=source,
@@ -60,10 +59,10 @@ def measure_backbone(folder: Path) -> float:
             n_threads=n_threads,
         )
         n_images, began = 0, time.perf_counter()
-        for number, batch in enumerate(decoder.batches(rows)):
+        for number, batch in enumerate(decoder.batches(samples)):
             backbone(torch.from_numpy(batch.pixels))
-            n_images += len(batch.rows)
-            if number == 0 and len(rows) > size:  # the first batch warms up
+            n_images += len(batch.samples)
+            if number == 0 and len(samples) > size:  # the first batch warms up
                 n_images, began = 0, time.perf_counter()
         return (time.perf_counter() - began) / n_images * len(train)
 

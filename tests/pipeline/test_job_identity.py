@@ -18,6 +18,7 @@ from coldtap.errors import (
 )
 from coldtap.pipeline.backbones.backbone import load_backbone
 from coldtap.pipeline.images.sources import open_source
+from coldtap.pipeline.plan.options import EncodingOptions, RowOptions
 from coldtap.pipeline.plan.plan import plan_job
 from coldtap.stores.verify.verify import verify_store
 from tests.helpers.jobs import SMALL, cache, coldtap, error_line, files, in_memory
@@ -62,12 +63,10 @@ def test_corrected_labels_leave_a_cut_val_split_and_every_feature_alone(tmp_path
 
 def test_a_row_order_digest_is_that_of_splits_and_ids(tmp_path):
     source = open_source(in_memory(train=6, val=3))
-    backbone = load_backbone("coldtap/vit-reference")
-    how = {"taps": "all", "gather": None, "sum_at": None, "tier": "float16", "split": None, "views": 0}
-    how |= {"layout": None, "bound": None}
+    backbone = load_backbone("coldtap/vit-reference").describe()
 
     def order(splits, seed=0):
-        plan = plan_job(source, backbone, splits=splits, augmentation=None, seed=seed, **how)
+        plan = plan_job(source, backbone, splits=splits, rows=RowOptions(seed=seed), encoding=EncodingOptions())
         return plan.recipe.rows.order
 
     splits = source.listing.splits

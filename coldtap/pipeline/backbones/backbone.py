@@ -5,13 +5,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coldtap.errors import ColdtapError, MachineError, ModelError, OptionError
 from coldtap.pipeline.backbones.final_norm import final_norm
+from coldtap.pipeline.backbones.inputs import normalise, preprocess_of_model
 from coldtap.pipeline.backbones.integer.artefact import Artefact, read_artefact
 from coldtap.pipeline.backbones.integer.kernel_choice import KernelChoice, choose_kernel
 from coldtap.pipeline.backbones.integer.layers import quantised_layers
@@ -20,14 +21,13 @@ from coldtap.pipeline.backbones.integer.run_on import run_on
 from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.backbones.taps import TapReader, geometries_of, read_taps_of
 from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
-from coldtap.pipeline.images.preprocess import Preprocess, normalise
-from coldtap.stores.format.extractor import ExtractorPart, Tap
+from coldtap.pipeline.images.preprocess import Preprocess
+from coldtap.pipeline.plan.backbone_description import BackboneDescription
+from coldtap.pipeline.plan.options import ExtractorOptions, Precision
+from coldtap.stores.format.extractor import ExtractorPart
 from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import differing_fields
-
-type Precision = Literal["float32", "bfloat16", "float16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision.__value__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,15 +65,21 @@ class Backbone:
         return len(self.geometries) - 1
 
     def extractor(self) -> ExtractorPart:
-        """Return the extractor part of a recipe: all that decides what a tap's numbers mean."""
-        names = self.taps.names()
-        return ExtractorPart(
+        """The extractor part of a recipe: all that decides what a tap's numbers mean."""
+        return self.describe().extractor()
+
+    def describe(self) -> BackboneDescription:
+        """What a plan has to know of it."""
+        return BackboneDescription(
             architecture=self.architecture,
             weights=self.weights,
-            quantisation=self.quantisation and dict(self.quantisation),
             precision=self.precision,
-            preprocess=self.preprocess.to_dict(),
-            taps=tuple(Tap(name=names[i], geometry=geometry) for i, geometry in self.geometries.items()),
+            preprocess=self.preprocess,
+            tap_names=tuple(self.taps.names()),
+            geometries=self.geometries,
+            stages=self.taps.stages,
+            norm=self.norm,
+            quantisation=self.quantisation,
         )
 
     def __call__(self, pixels: Tensor) -> list[Tensor]:
@@ -83,7 +89,7 @@ class Backbone:
             pixels: (batch, channel, height, width) uint8, resized and cropped, on any device.
 
         Returns:
-            (batch, token, channel) a tap, in the backbone's precision, on its device.
+            (batch, token, channel) per tap, in the backbone's precision, on its device.
         """
         with torch.inference_mode(), exact_float32():
             images = normalise(pixels.to(self.device), self.preprocess, getattr(torch, self.precision))
@@ -114,40 +120,53 @@ def load_backbone(
     quantised: Path | None = None,
     kernel: str = "auto",
 ) -> Backbone:
-    """Load a backbone for extraction.
+    """Load a backbone for extraction: `load_from_options`, with the options of `ExtractorOptions` one by one.
 
-    Args:
-        model: a timm name, `coldtap/vit-reference`, or any module. None is the artefact's, or `coldtap/vit-reference`.
-        checkpoint: local weights for a timm name.
-        random_weights: no weights at all, for a timm name.
-        precision: dtype of weights and activations.
-        device: auto, cpu, cuda or cuda:N.
-        preprocess: how images become inputs; a mapping overrides parts of the model's own configuration.
-        taps: names of submodules, for a module from Python that is no timm model.
-        prefix_tokens: tokens before the grid in named taps.
-        quantised: an artefact of `quantize`: it brings weights and preprocessing.
-        kernel: of a quantised backbone: auto, int or float.
+    `taps` are its `tap_names`.
 
     Raises:
         ModelError: the model, its weights or its taps cannot be used.
         MachineError: a GPU is asked for where there is none.
         OptionError: an option has no such value.
     """
-    if precision not in PRECISIONS:
-        raise OptionError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
-    place = resolve_device(device)
+    return load_from_options(
+        ExtractorOptions(
+            model=model,
+            checkpoint=checkpoint,
+            random_weights=random_weights,
+            precision=precision,
+            device=device,
+            preprocess=preprocess,
+            tap_names=taps,
+            prefix_tokens=prefix_tokens,
+            quantised=quantised,
+            kernel=kernel,
+        )
+    )
+
+
+def load_from_options(options: ExtractorOptions) -> Backbone:
+    """Load a backbone for extraction onto its device.
+
+    Raises:
+        ModelError: the model, its weights or its taps cannot be used.
+        MachineError: a GPU is asked for where there is none.
+        OptionError: an option has no such value, or does not go with another.
+    """
+    precision, preprocess, quantised = options.precision, options.preprocess, options.quantised
+    place = resolve_device(options.device)
     artefact = None
     if quantised is not None:
-        _refuse_beside_artefact(checkpoint, random_weights, precision, taps)
+        _refuse_beside_artefact(options)
         artefact = read_artefact(quantised)
-        module = build_quantised(artefact, quantised, model)
+        module = build_quantised(artefact, quantised, options.model)
         architecture, digest = artefact.about.architecture, artefact.about.backbone
         how = _artefact_preprocess(artefact, quantised, module, preprocess)
     else:
-        if kernel != "auto":
-            raise OptionError(f"--kernel {kernel} is of a quantised backbone: give one with --quantized")
-        asked = REFERENCE if model is None else model
-        module = _float_module(asked, checkpoint, random_weights, preprocess)
+        if options.kernel != "auto":
+            raise OptionError(f"--kernel {options.kernel} is of a quantised backbone: give one with --quantized")
+        asked = REFERENCE if options.model is None else options.model
+        module = _float_module(asked, options.checkpoint, options.random_weights, preprocess)
         architecture, digest = _architecture(module, asked), weights_digest(module)
         how = preprocess if isinstance(preprocess, Preprocess) else _timm_preprocess(module, dict(preprocess or {}))
     # Taken before the module is cast, so that the stored norm is the float32 one.
@@ -157,9 +176,9 @@ def load_backbone(
     if artefact is not None:
         layers = quantised_layers(module).values()
         n_convolutions = sum(layer.window is not None for layer in layers)
-        choice = choose_kernel(kernel, place, convolutions=2 * n_convolutions > len(layers))
+        choice = choose_kernel(options.kernel, place, convolutions=2 * n_convolutions > len(layers))
         run_on(module, choice.kernel)
-    reader = read_taps_of(module, taps, prefix_tokens)
+    reader = read_taps_of(module, options.tap_names, options.prefix_tokens)
     blank = torch.zeros(1, len(how.mean), how.height, how.width, dtype=getattr(torch, precision), device=place)
     with torch.inference_mode():
         try:
@@ -186,14 +205,12 @@ def load_backbone(
     )
 
 
-def _refuse_beside_artefact(
-    checkpoint: Path | None, random_weights: bool, precision: str, taps: Sequence[str] | None
-) -> None:
-    if checkpoint is not None or random_weights:
+def _refuse_beside_artefact(options: ExtractorOptions) -> None:
+    if options.checkpoint is not None or options.random_weights:
         raise OptionError("--quantized brings its weights: leave out --checkpoint and --random-weights")
-    if precision != "float32":
-        raise OptionError(f"--precision {precision}: what a quantised backbone keeps in float is float32")
-    if taps is not None:
+    if options.precision != "float32":
+        raise OptionError(f"--precision {options.precision}: what a quantised backbone keeps in float is float32")
+    if options.tap_names is not None:
         raise OptionError("a quantised backbone has the taps of its family: leave out tap_names")
 
 
@@ -216,7 +233,7 @@ def _override(how: Preprocess, module: nn.Module, overrides: Mapping[str, Any]) 
     parts = how.to_dict()
     size = (parts.pop("height"), parts.pop("width"))
     given = {name: value for name, value in overrides.items() if value is not None}
-    return Preprocess.from_timm(module, {"input_size": size, **parts, **given})
+    return preprocess_of_model(module, {"input_size": size, **parts, **given})
 
 
 def _float_module(
@@ -256,7 +273,7 @@ def _timm_preprocess(module: nn.Module, overrides: Mapping[str, Any]) -> Preproc
         raise ModelError(
             f"{type(module).__name__} carries no preprocessing: give `preprocess=Preprocess(...)` with its input size"
         )
-    return Preprocess.from_timm(module, overrides)
+    return preprocess_of_model(module, overrides)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -1,132 +1,103 @@
-"""Extraction of one block: rows in, a journal line out. Every way of running a job runs this function."""
+"""Extraction of one block: decoded images in, encoded features out. Every way of running a job runs this function."""
 
-import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
-from coldtap.errors import InterruptedRunError, SourceError
+from coldtap.errors import SourceError
 from coldtap.pipeline.backbones.backbone import Backbone
 from coldtap.pipeline.extract.encode import BlockEncoder, Flaw
 from coldtap.pipeline.extract.gather import gather
-from coldtap.pipeline.images.decode_ahead import DecodedBatch, Decoder
-from coldtap.stores.format.journal import JournalLine, Rejection
+from coldtap.pipeline.images.decode_ahead import DecodedBatch
+from coldtap.stores.format.journal import Rejection
 from coldtap.stores.writing.block import BlockBuffers
-from coldtap.stores.writing.writer import StoreWriter
 
 
-@dataclass(frozen=True, kw_only=True)
-class Extraction:
-    """All that the blocks of one job share.
+class UnusableRowError(SourceError):
+    """A row that a job is told to fail on; `row` is its number in the store."""
 
-    Attributes:
-        backbone: the frozen model.
-        decoder: images to pixels.
-        writer: the store in the making.
-        environment: where the job runs, for the journal.
-        fail_on_bad_image: raise at the first bad image instead of rejecting its row.
-        advance: called with the number of rows done, after each batch.
-        device: the one thread that runs the backbone, block after block, while other blocks decode or write.
-        stop: set when the job must end; blocks in flight are then dropped at their next batch.
-        spare_buffers: those of blocks that are written; fresh memory costs more than the copies into it.
-    """
-
-    backbone: Backbone
-    decoder: Decoder
-    device: Executor
-    writer: StoreWriter
-    environment: Mapping[str, Any]
-    fail_on_bad_image: bool = False
-    advance: Callable[[int], None] = lambda n_rows: None
-    stop: threading.Event = field(default_factory=threading.Event)
-    spare_buffers: deque[BlockBuffers] = field(default_factory=deque)
-
-    def take_buffers(self) -> BlockBuffers:
-        """Buffers for one block, with whatever an earlier one left in them."""
-        try:
-            return self.spare_buffers.pop()
-        except IndexError:
-            return self.writer.new_buffers()
-
-
-def extract_block(job: Extraction, block: int) -> JournalLine:
-    """Decode, run the backbone, gather, encode and write one block.
-
-    Raises:
-        SourceError: a bad image, where the job is told to fail on one.
-        InterruptedRunError: the job was stopped.
-        MachineError: the disk is full or refuses.
-    """
-    # Decoding starts at once; the features wait for the device.
-    batches = job.decoder.batches(job.writer.plan.block(block))
-    found = job.device.submit(_features, job, batches).result()
-    line = job.writer.write_block(
-        block,
-        found.buffers,
-        rejected=found.rejected,
-        source_sha256=found.digests,
-        ranges=found.ranges,
-        environment=job.environment,
-    )
-    job.spare_buffers.append(found.buffers)
-    return line
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(reason)
+        self.row = row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Features:
-    """What the device gives for a block, ready to be written."""
+class ExtractedBlock:
+    """The features of a block, ready to be written.
+
+    Attributes:
+        buffers: stored numbers and escapes of each array, with leftovers in rows that are not there.
+        ranges: smallest and largest value of each tap, by array.
+        rejected: rows that could not be read, or whose features cannot be kept.
+        digests: SHA-256 of the image of each row that is there.
+    """
 
     buffers: BlockBuffers
-    ranges: dict[str, list[list[float]]]
-    rejected: list[Rejection]
-    digests: dict[int, str]
+    ranges: Mapping[str, list[list[float]]]
+    rejected: Sequence[Rejection]
+    digests: Mapping[int, str]
 
 
-def _features(job: Extraction, batches: Iterator[DecodedBatch]) -> _Features:
-    buffers = job.take_buffers()
-    encoder = BlockEncoder(buffers, job.backbone.device)
-    rejected: list[Rejection] = []
-    digests: dict[int, str] = {}
-    for batch in batches:
-        if job.stop.is_set():
-            raise InterruptedRunError("stopped")
-        flaws = _extract_batch(job, batch, encoder)
-        _sort_out(job, batch, flaws, digests, rejected)
-        job.advance(len(batch.rows))
-    return _Features(buffers=buffers, ranges=encoder.ranges(), rejected=rejected, digests=digests)
+def extract_block(
+    backbone: Backbone,
+    block: int,
+    batches: Iterable[DecodedBatch],
+    out: BlockBuffers,
+    *,
+    fail_on_bad_image: bool = False,
+) -> ExtractedBlock:
+    """Run the backbone over the images of one block, gather and encode its taps.
 
+    The result depends on the arguments alone, and what lies in `out` beforehand does not matter: it is memory to write
+    into, as NumPy's `out` is.
 
-def _extract_batch(job: Extraction, batch: DecodedBatch, encoder: BlockEncoder) -> dict[int, Flaw]:
-    """Features of a batch into the block's buffers; images that could not be read stay in as zeros.
+    Args:
+        backbone: the frozen model.
+        block: the block's number.
+        batches: the images of all its rows, in row order.
+        out: room for one block of every array that is wanted, and how its numbers are kept.
+        fail_on_bad_image: raise at the first row that cannot be used instead of rejecting it.
 
-    So the shape of a batch, and with it the last bits of its features, does not depend on its neighbours.
+    Raises:
+        UnusableRowError: a row cannot be used, where that is to be an error.
+        StoreError: more escapes than int8 codes can bear.
     """
-    flaws = {image: Flaw(reason=reason, tap=-1) for image, reason in batch.reasons.items()}
-    places = [row.number % job.writer.plan.block_rows for row in batch.rows]
-    taps = job.backbone(torch.from_numpy(batch.pixels))
-    with torch.inference_mode():
-        for part in gather(taps, job.writer.specs):
-            encoder.write(part, places, flaws)
-    return flaws
+    rows = _BlockRows(block * next(iter(out.values())).spec.block_rows, fail=fail_on_bad_image)
+    encoder = BlockEncoder(out, backbone.device)
+    specs = [buffer.spec for buffer in out.values()]
+    done = 0
+    for batch in batches:
+        places = range(done, done + len(batch.samples))
+        # Images that could not be read stay in as zeros: so the shape of a batch, and with it the last bits of its
+        # features, does not depend on its neighbours.
+        flaws = {image: Flaw(reason=reason, tap=-1) for image, reason in batch.reasons.items()}
+        taps = backbone(torch.from_numpy(batch.pixels))
+        with torch.inference_mode():
+            for part in gather(taps, specs):
+                encoder.write(part, places, flaws)
+        rows.sort_out(batch, done, flaws)
+        done += len(places)
+    return ExtractedBlock(buffers=out, ranges=encoder.ranges(), rejected=rows.rejected, digests=rows.digests)
 
 
-def _sort_out(
-    job: Extraction,
-    batch: DecodedBatch,
-    flaws: Mapping[int, Flaw],
-    digests: dict[int, str],
-    rejected: list[Rejection],
-) -> None:
-    for image, row in enumerate(batch.rows):
-        flaw = flaws.get(image)
-        if flaw is None:
-            digests[row.number] = batch.digests[image]
-            continue
-        if job.fail_on_bad_image:
-            where = job.decoder.source.where(row.sample)
-            raise SourceError(f"{where} cannot be used: {flaw.reason} (--on-bad-image fail); finished blocks are kept")
-        rejected.append(Rejection(row=row.number, reason=flaw.reason, tap=flaw.tap if flaw.tap >= 0 else None))
+@dataclass(slots=True)
+class _BlockRows:
+    """Which rows of a block are there; `first` is the number of its first row."""
+
+    first: int
+    fail: bool
+    rejected: list[Rejection] = field(default_factory=list)
+    digests: dict[int, str] = field(default_factory=dict)
+
+    def sort_out(self, batch: DecodedBatch, start: int, flaws: Mapping[int, Flaw]) -> None:
+        """Take in a batch whose first image stands at `start` in the block."""
+        for image in range(len(batch.samples)):
+            row, flaw = self.first + start + image, flaws.get(image)
+            if flaw is None:
+                self.digests[row] = batch.digests[image]
+            elif self.fail:
+                raise UnusableRowError(row, flaw.reason)
+            else:
+                tap = flaw.tap if flaw.tap >= 0 else None
+                self.rejected.append(Rejection(row=row, reason=flaw.reason, tap=tap))

@@ -1,18 +1,19 @@
 """The calibration prefix: the first rows of a job, run once before it, for scales and for the forecast."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 
 from coldtap.pipeline.backbones.backbone import Backbone
 from coldtap.pipeline.extract.gather import Gathered, gather
-from coldtap.pipeline.images.decode_ahead import DecodedBatch, Decoder
+from coldtap.pipeline.images.decode_ahead import Decoder, Sample
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.codes import ErrorBound
-from coldtap.stores.format.rows import RowPlan
+from coldtap.stores.format.rows import Row, RowPlan
 from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.writing.calibration import CalibrationSamples
 
@@ -23,7 +24,7 @@ class Calibration:
 
     Attributes:
         numbers: how the values of each array are to be kept.
-        errors: of each int8 array, what its codes lose on rows that were not used for its scales, a tap.
+        errors: of each int8 array, what its codes lose on rows that were not used for its scales, per tap.
         compressed: of each `compact` array, the share of its codes' bytes that zstd leaves.
         rows_per_second: decoding and backbone, batch after batch, the first (warming) batch left out.
     """
@@ -43,14 +44,14 @@ def calibrate(
     """
     rows = plan.first_rows(max(CalibrationSamples.rows_needed(specs, bound), 2 * decoder.batch_size))
     samples = CalibrationSamples(specs, bound, len(rows))
-    by_name = {spec.name: spec for spec in specs}
+    left = iter(rows)
     times = [time.perf_counter()]
-    for batch in decoder.batches(rows):
+    for batch in decoder.batches([Sample(row.sample, row.view) for row in rows]):
         taps = backbone(torch.from_numpy(batch.pixels))
-        usable = [i for i in range(len(batch.rows)) if i not in batch.reasons]
+        usable = {i: row for i, row in enumerate(islice(left, len(batch.samples))) if i not in batch.reasons}
         with torch.inference_mode():
             for part in gather(taps, specs) if usable else ():
-                _add(samples, by_name[part.array], part, batch, usable)
+                _add(samples, part, usable)
         times.append(time.perf_counter())
     return Calibration(
         numbers=samples.numbers(),
@@ -60,17 +61,15 @@ def calibrate(
     )
 
 
-def _add(
-    samples: CalibrationSamples, spec: ArraySpec, part: Gathered, batch: DecodedBatch, usable: Sequence[int]
-) -> None:
-    """Take what is needed of one tap of one array."""
-    values = part.values.float() if spec.kept_as.is_coded else None
-    for image in usable:
+def _add(samples: CalibrationSamples, part: Gathered[ArraySpec], usable: Mapping[int, Row]) -> None:
+    """Take what is needed of one tap of one array, of the usable images of a batch."""
+    values = part.values.float() if part.spec.kept_as.is_coded else None
+    for image, row in usable.items():
         largest = max(float(part.high[image]), -float(part.low[image]))
         chosen = None
         if values is not None:
-            chosen = values[image, samples.tokens(spec, batch.rows[image].number)].cpu().numpy()
-        samples.add(part.array, part.position or 0, largest, chosen)
+            chosen = values[image, samples.tokens(part.spec, row.number)].cpu().numpy()
+        samples.add(part.spec.name, part.position or 0, largest, chosen)
 
 
 def _rate(times: Sequence[float], n_rows: int, batch_size: int) -> float:

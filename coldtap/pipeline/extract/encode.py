@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coldtap.pipeline.extract.gather import Gathered
+from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.codes import MAX_CODE, Escapes
 from coldtap.stores.format.tiers import TierName
 from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
@@ -33,10 +34,9 @@ class BlockEncoder:
             name: _CodeEncoder(buffer, device) if buffer.spec.kept_as.is_coded else _FloatEncoder(buffer)
             for name, buffer in buffers.items()
         }
-        self._tiers = {name: buffer.spec.tier for name, buffer in buffers.items()}
         self._ranges: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in buffers}
 
-    def write(self, part: Gathered, places: Sequence[int], flaws: dict[int, Flaw]) -> None:
+    def write(self, part: Gathered[ArraySpec], places: Sequence[int], flaws: dict[int, Flaw]) -> None:
         """Encode one tap of one array.
 
         Args:
@@ -44,7 +44,7 @@ class BlockEncoder:
             places: the row of the block of each image of the batch, ascending and consecutive.
             flaws: reasons by image of the batch; images with one are written but not counted.
         """
-        encoder = self._encoders[part.array]
+        encoder = self._encoders[part.spec.name]
         self._note(part, flaws, encoder.limit(part.position or 0))
         values = part.values
         if flaws:  # of a row that will not be there, nothing may escape
@@ -52,31 +52,31 @@ class BlockEncoder:
             values[list(flaws)] = 0
         encoder.write(values, part.position or 0, places)
 
-    def _note(self, part: Gathered, flaws: dict[int, Flaw], limit: float) -> None:
+    def _note(self, part: Gathered[ArraySpec], flaws: dict[int, Flaw], limit: float) -> None:
         lows, highs = part.low.tolist(), part.high.tolist()
         for image, (low, high) in enumerate(zip(lows, highs, strict=True)):
-            if image not in flaws and (flaw := _flaw(part, low, high, limit, self._tiers[part.array])):
+            if image not in flaws and (flaw := _flaw(part, low, high, limit)):
                 flaws[image] = flaw
         kept = [image for image in range(len(lows)) if image not in flaws]
         if kept:
-            low, high = self._ranges[part.array].get(part.position or 0, (float("inf"), float("-inf")))
+            low, high = self._ranges[part.spec.name].get(part.position or 0, (float("inf"), float("-inf")))
             batch = min(lows[image] for image in kept), max(highs[image] for image in kept)
-            self._ranges[part.array][part.position or 0] = min(low, batch[0]), max(high, batch[1])
+            self._ranges[part.spec.name][part.position or 0] = min(low, batch[0]), max(high, batch[1])
 
     def ranges(self) -> dict[str, list[list[float]]]:
         """Smallest and largest value of each tap of each array; empty where no row was kept."""
         return {name: [list(taps[p]) for p in sorted(taps)] for name, taps in self._ranges.items()}
 
 
-def _flaw(part: Gathered, low: float, high: float, limit: float, tier: TierName) -> Flaw | None:
-    where = f"{part.array.split('/')[0]} at tap {part.tap}"
+def _flaw(part: Gathered[ArraySpec], low: float, high: float, limit: float) -> Flaw | None:
+    where = f"{part.spec.gather} at tap {part.tap}"
     if low != low or high != high:
         return Flaw(reason=f"NaN in {where}", tap=part.tap)
     if low == float("-inf") or high == float("inf"):
         return Flaw(reason=f"infinity in {where}", tap=part.tap)
     # Rounding to nearest reaches infinity half a unit above the largest float16.
     if max(-low, high) > limit:
-        return Flaw(reason=f"{max(-low, high):.3g} in {where} overflows the {tier} tier", tap=part.tap)
+        return Flaw(reason=f"{max(-low, high):.3g} in {where} overflows the {part.spec.tier} tier", tap=part.tap)
     return None
 
 

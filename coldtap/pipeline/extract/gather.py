@@ -6,26 +6,44 @@ device that has it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.gathers import GatherName
+from coldtap.stores.format.geometry import Geometry
+
+
+class FeatureSpec(Protocol):
+    """Which features are wanted: an array's specification and an adaptor's are such ones."""
+
+    @property
+    def gather(self) -> GatherName:
+        """How taps become one tensor."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """That the taps share."""
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Indices of the taps; of `sum` the one k of z0 + … + zk."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Gathered:
-    """One tap of one array for a batch.
+class Gathered[S: FeatureSpec]:
+    """One tap of wanted features for a batch.
 
     Attributes:
-        array: the array's name.
-        position: the tap's place in the array; None where the array has no tap axis (`sum`).
+        spec: what they were wanted for.
+        tap: index of the tap; of `sum` k.
+        position: the tap's place on the tap axis; None where there is no such axis (`sum`).
         values: (batch, token, channel) float, on the backbone's device.
         low, high: (batch,) the smallest and largest value of each image; NaN where one is NaN.
     """
 
-    array: str
+    spec: S
     tap: int
     position: int | None
     values: Tensor
@@ -38,40 +56,40 @@ class Gathered:
         self.low, self.high = flat.amin(dim=1), flat.amax(dim=1)
 
 
-def gather(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
-    """All that the arrays keep of a batch.
+def gather[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
+    """All features that are wanted of a batch.
 
     Args:
         taps: every tap of the backbone, (batch, token, channel) each.
-        specs: the arrays to fill.
+        specs: what is wanted.
     """
     for name, gathered in GATHERED.items():
         if some := [spec for spec in specs if spec.gather == name]:
             yield from gathered(taps, some)
 
 
-def _layers(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
+def _layers[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
     for spec in specs:
         for position, tap in enumerate(spec.taps):
-            yield Gathered(array=spec.name, tap=tap, position=position, values=taps[tap])
+            yield Gathered(spec=spec, tap=tap, position=position, values=taps[tap])
 
 
-def _pooled(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
+def _pooled[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
     for spec in specs:
         for position, tap in enumerate(spec.taps):
             values = pooled(taps[tap], spec.geometry.prefix_tokens)
-            yield Gathered(array=spec.name, tap=tap, position=position, values=values)
+            yield Gathered(spec=spec, tap=tap, position=position, values=values)
 
 
-def _sums(taps: Sequence[Tensor], specs: Sequence[ArraySpec]) -> Iterator[Gathered]:
-    """One running sum for all arrays; what is yielded is valid until the next is asked for."""
+def _sums[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
+    """One running sum for all that is wanted; what is yielded is valid until the next is asked for."""
     by_last = {spec.taps[0]: spec for spec in specs}
     total = taps[0].float().clone()
     for k in range(max(by_last) + 1):
         if k > 0:
             total += taps[k]
         if k in by_last:
-            yield Gathered(array=by_last[k].name, tap=k, position=None, values=total)
+            yield Gathered(spec=by_last[k], tap=k, position=None, values=total)
 
 
 def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:
@@ -80,6 +98,6 @@ def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:
     return torch.cat([values[:, :prefix_tokens], values[:, prefix_tokens:].mean(dim=1, keepdim=True)], dim=1)
 
 
-type _Gathering = Callable[[Sequence[Tensor], Sequence[ArraySpec]], Iterator[Gathered]]
+type _Gathering = Callable[[Sequence[Tensor], Sequence[Any]], Iterator[Gathered[Any]]]
 # How each gather of `coldtap.stores.format.gathers` is computed. Sums come last: they write to one tensor in turn.
 GATHERED: Mapping[GatherName, _Gathering] = {"layers": _layers, "pooled": _pooled, "sum": _sums}

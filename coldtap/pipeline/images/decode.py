@@ -10,20 +10,22 @@ Everything here may be called from many threads at once.
 
 import hashlib
 import io
+import sys
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image, UnidentifiedImageError
 
 from coldtap.errors import SourceError
 
+if TYPE_CHECKING:
+    import torch
+
 type RawImage = bytes | Image.Image | npt.NDArray[Any] | torch.Tensor
 """The bytes of an encoded image file, or an image that Python code has already decoded."""
 
-RAW_IMAGE_TYPES = (bytes, Image.Image, np.ndarray, torch.Tensor)
 # Not all that Pillow knows: it hands EPS, for one, to Ghostscript, whatever the file is called.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -32,6 +34,14 @@ CHANNEL_COUNTS = (1, 3, 4)
 
 class BadImageError(SourceError):
     """One image cannot be used; `str(error)` is a short lower-case reason, fit for a table."""
+
+
+def is_raw_image(value: object) -> TypeGuard[RawImage]:
+    """Return whether a value is of a type that `decode_rgb` takes."""
+    torch = sys.modules.get("torch")  # where nobody has imported it, nothing is a tensor
+    return isinstance(value, (bytes, Image.Image, np.ndarray)) or (
+        torch is not None and isinstance(value, torch.Tensor)
+    )
 
 
 def decode_rgb(raw: RawImage) -> Image.Image:
@@ -46,7 +56,7 @@ def decode_rgb(raw: RawImage) -> Image.Image:
     Raises:
         BadImageError: The image is empty, truncated, broken, not an image, or a decompression bomb.
     """
-    if isinstance(raw, (np.ndarray, torch.Tensor)):
+    if not isinstance(raw, (bytes, Image.Image)):
         return _image_of_array(raw)
     image = raw if isinstance(raw, Image.Image) else _open(raw)
     _refuse_bomb(image)
@@ -139,15 +149,15 @@ def _one_line(error: Exception) -> str:
     return words[:1].lower() + words[1:120]
 
 
-def _array(raw: npt.NDArray[Any] | torch.Tensor) -> npt.NDArray[Any]:
+def _array(raw: "npt.NDArray[Any] | torch.Tensor") -> npt.NDArray[Any]:
     if isinstance(raw, np.ndarray):
         return raw
     tensor = raw.detach().cpu()
     return tensor.float().numpy() if tensor.is_floating_point() else tensor.numpy()  # NumPy has no bfloat16
 
 
-def _image_of_array(raw: npt.NDArray[Any] | torch.Tensor) -> Image.Image:
-    pixels = _eight_bit(_channels_last(_array(raw), channels_first=isinstance(raw, torch.Tensor)))
+def _image_of_array(raw: "npt.NDArray[Any] | torch.Tensor") -> Image.Image:
+    pixels = _eight_bit(_channels_last(_array(raw), channels_first=not isinstance(raw, np.ndarray)))
     if pixels.shape[2] == 1:
         pixels = pixels.repeat(3, axis=2)
     image = Image.fromarray(np.ascontiguousarray(pixels[:, :, :3]))

@@ -11,23 +11,35 @@ import numpy as np
 from coldtap.pipeline.images.decode import BadImageError, content_digest, decode_rgb
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Source
-from coldtap.stores.format.rows import Row
 
 BATCHES_AHEAD = 2
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodedBatch:
-    """Consecutive rows with their pixels.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One view of one image of a source.
 
     Attributes:
-        rows: the rows.
+        index: the image's place in the source's listing.
+        view: 0 as for evaluation; 1 … V are augmented.
+    """
+
+    index: int
+    view: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedBatch:
+    """Consecutive samples with their pixels.
+
+    Attributes:
+        samples: the samples.
         pixels: (batch, channel, height, width) uint8; zeros where an image could not be read.
         digests: SHA-256 of each image that was read, by its index in the batch.
         reasons: why the others were not.
     """
 
-    rows: Sequence[Row]
+    samples: Sequence[Sample]
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
     digests: dict[int, str] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
@@ -35,14 +47,14 @@ class DecodedBatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """From rows to pixels; thread-safe.
+    """From samples to pixels; thread-safe.
 
     Attributes:
         source: the images.
         preprocess: resizing and cropping.
         augmentation: how views 1 … V are drawn.
         seed: of the augmentations.
-        batch_size: rows a batch.
+        batch_size: samples per batch.
         pool: the threads that decode; shared by all blocks.
         n_threads: how many parts a batch is cut into.
     """
@@ -55,15 +67,15 @@ class Decoder:
     pool: ThreadPoolExecutor
     n_threads: int
 
-    def batches(self, rows: Sequence[Row]) -> Iterator[DecodedBatch]:
-        """Batches of consecutive rows, decoded ahead; the first ones start at once, before they are asked for."""
-        starts = deque(range(0, len(rows), self.batch_size))
+    def batches(self, samples: Sequence[Sample]) -> Iterator[DecodedBatch]:
+        """Batches of consecutive samples, decoded ahead; the first ones start at once, before they are asked for."""
+        starts = deque(range(0, len(samples), self.batch_size))
         waiting: deque[tuple[DecodedBatch, list[Future[None]]]] = deque()
 
         def begin() -> None:
             if starts:
                 start = starts.popleft()
-                waiting.append(self._begin(rows[start : start + self.batch_size]))
+                waiting.append(self._begin(samples[start : start + self.batch_size]))
 
         for _ in range(BATCHES_AHEAD):
             begin()
@@ -83,31 +95,31 @@ class Decoder:
 
         return deliver()
 
-    def _begin(self, rows: Sequence[Row]) -> tuple[DecodedBatch, list[Future[None]]]:
+    def _begin(self, samples: Sequence[Sample]) -> tuple[DecodedBatch, list[Future[None]]]:
         channels = len(self.preprocess.mean)
-        pixels = np.zeros((len(rows), channels, self.preprocess.height, self.preprocess.width), np.uint8)
-        batch = DecodedBatch(rows=rows, pixels=pixels)
-        parts = [range(start, len(rows), self.n_threads) for start in range(min(self.n_threads, len(rows)))]
+        pixels = np.zeros((len(samples), channels, self.preprocess.height, self.preprocess.width), np.uint8)
+        batch = DecodedBatch(samples=samples, pixels=pixels)
+        parts = [range(start, len(samples), self.n_threads) for start in range(min(self.n_threads, len(samples)))]
         return batch, [self.pool.submit(self._decode, batch, part) for part in parts]
 
     def _decode(self, batch: DecodedBatch, part: range) -> None:
         for image in part:
             try:
-                batch.digests[image] = self._decode_one(batch.rows[image], batch.pixels[image])
+                batch.digests[image] = self._decode_one(batch.samples[image], batch.pixels[image])
             except BadImageError as error:
                 batch.reasons[image] = str(error)
 
-    def _decode_one(self, row: Row, out: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-        raw = self.source.read(row.sample)
+    def _decode_one(self, sample: Sample, out: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+        raw = self.source.read(sample.index)
         image = decode_rgb(raw)
-        if row.view == 0:
+        if sample.view == 0:
             out[:] = self.preprocess.pixels(image)
         else:
             out[:] = self.preprocess.augmented(
                 image,
                 seed=self.seed,
-                sample_id=self.source.listing.ids[row.sample],
-                view=row.view,
+                sample_id=self.source.listing.ids[sample.index],
+                view=sample.view,
                 augmentation=self.augmentation,
             )
         return content_digest(raw)

@@ -1,29 +1,25 @@
 """Images to the pixels that a backbone expects, as timm's evaluation transform makes them, and seeded views.
 
 An image is resized and cropped to 8-bit pixels in a thread; whole batches are made floating point and normalised
-on the device, where four times fewer bytes have to be sent.
+on the device (`backbones/inputs.py`), where four times fewer bytes have to be sent. Nothing here needs torch or timm.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
-from timm.data.transforms import str_to_pil_interp
-from torch import nn
 
 from coldtap.errors import ModelError, OptionError
 from coldtap.pipeline.images.decode import BadImageError
+from coldtap.pipeline.images.resize import RESAMPLING, resize_and_crop
 
 CROP_MODES = ("center", "squash", "border")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+INTERPOLATIONS = tuple(RESAMPLING)
 OVERRIDES = ("input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std")
 N_CHANNELS = 3
 N_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
@@ -105,23 +101,23 @@ class Preprocess:
             raise OptionError(f"std={self.std}: wanted numbers above 0")
 
     @classmethod
-    def from_timm(cls, model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Self:
-        """Return what a timm model's own configuration says, with parts replaced.
+    def from_config(cls, config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Self:
+        """Return what a data configuration in timm's words says, with parts replaced.
 
         Args:
-            model: Without a configuration, timm's defaults hold: 224 pixels, ImageNet's mean and deviation.
+            config: All of input_size, crop_pct, crop_mode, interpolation, mean and std; other keys are ignored.
             overrides: Any of input_size (a side, (height, width) or (channel, height, width)), crop_pct,
                 crop_mode, interpolation, mean and std. None leaves a part as it is.
 
         Raises:
             OptionError: An override is unknown or cannot be used.
-            ModelError: The model does not take three channels.
+            ModelError: The configuration does not ask for three channels.
         """
         replaced = {key: value for key, value in (overrides or {}).items() if value is not None}
         unknown = [key for key in replaced if key not in OVERRIDES]
         if unknown:
             raise OptionError(f"unknown preprocessing {', '.join(unknown)}; known: {', '.join(OVERRIDES)}")
-        config = resolve_model_data_config(model) | replaced
+        config = {**config, **replaced}
         channels, height, width = _input_size(config["input_size"])
         if channels != N_CHANNELS:
             raise ModelError(f"the model takes {channels} channels; images are decoded to {N_CHANNELS} (RGB)")
@@ -158,9 +154,15 @@ class Preprocess:
             BadImageError: The image is so narrow that resizing it would fill the memory, or leave nothing.
         """
         self._refuse_narrow(image)
-        for step in _evaluation_steps(self):
-            image = step(image)
-        return np.asarray(image).transpose(2, 0, 1)
+        view = resize_and_crop(
+            image,
+            (self.height, self.width),
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
+            border=self.mean,
+        )
+        return np.asarray(view).transpose(2, 0, 1)
 
     def augmented(
         self, image: Image.Image, *, seed: int, sample_id: str, view: int, augmentation: Augmentation
@@ -182,9 +184,8 @@ class Preprocess:
         """
         flip, *draws = _draws(seed, sample_id, view)
         box = _crop_box(image.width, image.height, draws, augmentation)
-        resample = str_to_pil_interp(self.interpolation)
         # Crop before resizing, as torchvision: resize(box=...) would let pixels outside the crop in.
-        view_image = image.crop(box).resize((self.width, self.height), resample)
+        view_image = image.crop(box).resize((self.width, self.height), RESAMPLING[self.interpolation])
         if flip < augmentation.flip:
             view_image = view_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(view_image).transpose(2, 0, 1)
@@ -200,43 +201,6 @@ class Preprocess:
             raise BadImageError(
                 f"too narrow: {width} x {height} pixels cannot be resized to {self.width} x {self.height}"
             )
-
-
-def normalise(pixels: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype) -> torch.Tensor:
-    """Make 8-bit pixels floating point and normalise them, on the device where they are.
-
-    (x / 255 - mean) / std in float32 and in this order, so that float32 results equal torchvision's ToTensor and
-    Normalize, and so timm's transform, bit for bit.
-
-    Args:
-        pixels: uint8, shape (batch, channel, height, width).
-        preprocess: Has mean and std.
-        dtype: Of the result; the arithmetic is float32 all the same.
-
-    Returns:
-        Shape (batch, channel, height, width).
-    """
-    mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
-    std = torch.tensor(preprocess.std, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
-    # A tensor on the device, because CUDA divides by a Python number as a product with its rounded reciprocal.
-    white = torch.full((), 255.0, device=pixels.device)
-    return pixels.to(torch.float32).div_(white).sub_(mean).div_(std).to(dtype)
-
-
-@lru_cache(maxsize=16)
-def _evaluation_steps(preprocess: Preprocess) -> list[Callable[[Image.Image], Image.Image]]:
-    """Return timm's own resizing and cropping; building it takes longer than a small image."""
-    transform = create_transform(
-        input_size=(N_CHANNELS, preprocess.height, preprocess.width),
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        crop_pct=preprocess.crop_pct,
-        crop_mode=preprocess.crop_mode,
-        use_prefetcher=True,
-    )
-    steps: list[Callable[[Image.Image], Image.Image]] = transform.transforms[:-1]
-    return steps  # without the last, which makes a tensor and costs a small image as much as its decoding
 
 
 def _draws(seed: int, sample_id: str, view: int) -> list[float]:

@@ -1,129 +1,172 @@
-"""What a job is, in values that travel: every process that is told them does the same blocks."""
+"""What the user asks of a job, grouped as a recipe is: extractor, rows, encoding; and how the job is to run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
-
-import cloudpickle  # type: ignore[import-untyped]
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from coldtap.errors import OptionError
-from coldtap.pipeline.backbones.backbone import Backbone, Precision, load_backbone
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
-from coldtap.pipeline.images.sources import Source, open_source
-from coldtap.pipeline.plan.plan import JobPlan, plan_job
+from coldtap.pipeline.images.sources import Listing
 from coldtap.stores.format.codes import ErrorBound
+from coldtap.stores.format.encoding import Encoding
+from coldtap.stores.format.rows import SPLITS, RowPlan
+from coldtap.stores.format.rows_part import RowsPart
 from coldtap.stores.format.tiers import Layout, TierName
+
+if TYPE_CHECKING:
+    from torch import nn
+
+type Precision = Literal["float32", "bfloat16", "float16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision.__value__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobDescription:
-    """The arguments of `cache_features` that decide a store's bytes; `source` may also be an opened one."""
+class ExtractorOptions:
+    """How an image becomes features.
 
-    source: Any
-    model: str | nn.Module | None
-    checkpoint: Path | None
-    random_weights: bool
-    preprocess: Preprocess | Mapping[str, Any] | None
-    tap_names: Sequence[str] | None
-    prefix_tokens: int
-    precision: Precision
-    device: str
-    taps: str
-    gather: Sequence[str] | None
-    sum_at: str | None
-    tier: TierName
-    layout: Layout | None
-    bound: ErrorBound | None
-    split: Sequence[str] | None
-    views: int
-    augmentation: Augmentation | None
-    seed: int
-    quantised: Path | None
-    kernel: str
+    Attributes:
+        model: a timm name, `coldtap/vit-reference`, or any module. None is the artefact's, or `coldtap/vit-reference`.
+        checkpoint: local weights for a timm name.
+        random_weights: no weights at all, for a timm name.
+        preprocess: how images become inputs; a mapping overrides parts of the model's own configuration.
+        tap_names: names of submodules, for a module from Python that is no timm model.
+        prefix_tokens: tokens before the grid in named taps.
+        precision: dtype of weights and activations.
+        device: auto, cpu, cuda or cuda:N.
+        quantised: an artefact of `quantize`: it brings weights and preprocessing.
+        kernel: of a quantised backbone: auto, int or float.
+    """
 
-    def dumps(self) -> bytes:
-        """Pickle it, with the classes that only `__main__` has.
+    model: "str | nn.Module | None" = None
+    checkpoint: Path | None = None
+    random_weights: bool = False
+    preprocess: Preprocess | Mapping[str, Any] | None = None
+    tap_names: Sequence[str] | None = None
+    prefix_tokens: int = 0
+    precision: Precision = "float32"
+    device: str = "auto"
+    quantised: Path | None = None
+    kernel: str = "auto"
 
-        Raises:
-            OptionError: a source or a module from Python cannot be pickled.
-        """
-        try:
-            return bytes(cloudpickle.dumps(self))
-        except Exception as error:  # whatever the pickling of a caller's object raises
-            raise OptionError(
-                f"--workers sends source and model to other processes, and one of them cannot be pickled "
-                f"({type(error).__name__}: {error}): mend that, or use --workers 1"
-            ) from error
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"--precision {self.precision}: choose one of {', '.join(PRECISIONS)}")
 
-    @classmethod
-    def loads(cls, pickled: bytes) -> Self:
-        """The description of `dumps`.
 
-        Raises:
-            OptionError: the source or the module cannot be made anew in this process.
-        """
-        try:
-            description = cloudpickle.loads(pickled)
-        except Exception as error:
-            raise OptionError(
-                f"a worker process cannot make source or model anew ({type(error).__name__}: {error}): "
-                "define their classes in a module that can be imported, or use --workers 1"
-            ) from error
-        assert isinstance(description, cls)
-        return description
+@dataclass(frozen=True, kw_only=True)
+class RowOptions:
+    """Which images stand where.
 
-    def open_source(self) -> Source:
-        """List the images.
+    Attributes:
+        split: splits to keep; None for all that the source has.
+        views: augmented views of each training image, beside view 0.
+        augmentation: how they are drawn.
+        seed: of the row order, of a val split cut from train, and of the views.
+    """
+
+    split: tuple[str, ...] | None = None
+    views: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.views < 0:
+            raise OptionError(f"--views {self.views}: give 0 or more augmented views of each training image")
+        if unknown := sorted(set(self.split or ()) - set(SPLITS)):
+            raise OptionError(f"--split {unknown[0]}: choose among {', '.join(SPLITS)}")
+
+    def plan(self, listing: Listing, splits: Sequence[str], block_rows: int) -> RowPlan:
+        """Number the rows, given the split of each sample of a listing.
 
         Raises:
-            SourceError: they cannot be used.
+            OptionError: a split that no sample has.
         """
-        if hasattr(self.source, "listing") and hasattr(self.source, "read"):
-            opened: Source = self.source
-            return opened
-        return open_source(self.source, seed=self.seed)
-
-    def load_backbone(self) -> Backbone:
-        """Load the backbone onto its device.
-
-        Raises:
-            ModelError: it, its weights or its taps cannot be used.
-            MachineError: there is no such device.
-        """
-        return load_backbone(
-            self.model,
-            checkpoint=self.checkpoint,
-            random_weights=self.random_weights,
-            precision=self.precision,
-            device=self.device,
-            preprocess=self.preprocess,
-            taps=self.tap_names,
-            prefix_tokens=self.prefix_tokens,
-            quantised=self.quantised,
-            kernel=self.kernel,
-        )
-
-    def plan(self, source: Source, backbone: Backbone, splits: Sequence[str]) -> JobPlan:
-        """Plan the job, given the split of each sample.
-
-        Raises:
-            OptionError: a choice that the source or the backbone does not allow.
-            ModelError: a tap that the backbone does not have.
-        """
-        return plan_job(
-            source,
-            backbone,
-            splits=splits,
-            taps=self.taps,
-            gather=self.gather,
-            sum_at=self.sum_at,
-            tier=self.tier,
-            layout=self.layout,
-            bound=self.bound,
-            split=self.split,
+        kept = self.split or set(splits)
+        return RowPlan.of(
+            listing.ids,
+            splits,
+            keep=[name for name in SPLITS if name in kept],
             views=self.views,
-            augmentation=self.augmentation,
             seed=self.seed,
+            block_rows=block_rows,
         )
+
+    def to_recipe(self, listing: Listing, rows: RowPlan) -> RowsPart:
+        """Return the rows part of a recipe."""
+        return RowsPart(
+            listing=listing.fingerprint,
+            splits={name: len(samples) for name, samples in rows.order.items()},
+            val="cut from train" if listing.val_is_cut else "given",
+            order=rows.order_digest(listing.ids),
+            seed=self.seed,
+            views=self.views,
+            augmentation=self.augmentation.to_dict() if self.views else None,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOptions:
+    """Which features are kept, and how their numbers are.
+
+    Attributes:
+        taps: `all`, `last:K`, or indices with commas: for `layers` and `pooled`.
+        gather: `layers`, `sum`, `pooled`; None for all that the backbone allows.
+        sum_at: k of the sums z0 + … + zk, with commas; None for the last tap.
+        tier: how numbers are kept.
+        layout: `compact` or `fast`; None for the tier's own.
+        bound: of int8's errors; None for its default.
+    """
+
+    taps: str = "all"
+    gather: tuple[str, ...] | None = None
+    sum_at: str | None = None
+    tier: TierName = "float16"
+    layout: Layout | None = None
+    bound: ErrorBound | None = None
+
+    def __post_init__(self) -> None:
+        self.choose()
+
+    def choose(self) -> Encoding:
+        """Fill in what is left open.
+
+        Raises:
+            OptionError: an unknown tier or layout, or a bound for a tier that has none.
+        """
+        return Encoding.choose(self.tier, self.layout, self.bound)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a job runs; none of it is part of a recipe.
+
+    Attributes:
+        batch_size: images per forward pass; None goes on as the store began, or chooses.
+        decode_threads: of all workers together; None for one per core.
+        workers: processes that do blocks.
+        on_bad_image: `reject` the row and go on, or `fail`.
+        max_rejected: share of samples beyond which the job fails.
+        allow_mixed: go on where another device, torch, timm or batch size began.
+        dry_run: forecast, and write nothing.
+    """
+
+    batch_size: int | None = None
+    decode_threads: int | None = None
+    workers: int = 1
+    on_bad_image: Literal["reject", "fail"] = "reject"
+    max_rejected: float = 0.01
+    allow_mixed: bool = False
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise OptionError(f"--batch-size {self.batch_size}: give at least 1 image")
+        if self.decode_threads is not None and self.decode_threads < 1:
+            raise OptionError(f"--decode-threads {self.decode_threads}: give at least 1")
+        if self.workers < 1:
+            raise OptionError(f"--workers {self.workers}: give at least 1 process")
+        if not 0 <= self.max_rejected <= 1:
+            raise OptionError(f"--max-rejected {self.max_rejected}: give a share from 0 to 1")
+        if self.on_bad_image not in ("reject", "fail"):
+            raise OptionError(f"--on-bad-image {self.on_bad_image}: choose reject or fail")

@@ -4,19 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coldtap.errors import OptionError
-from coldtap.pipeline.backbones.backbone import Backbone
-from coldtap.pipeline.images.preprocess import Augmentation
 from coldtap.pipeline.images.sources import Source
+from coldtap.pipeline.plan.backbone_description import BackboneDescription
+from coldtap.pipeline.plan.options import EncodingOptions, RowOptions
 from coldtap.pipeline.plan.tap_choice import choose_gathers
 from coldtap.stores.format.arrays import ArraySpec, plan_arrays
 from coldtap.stores.format.codes import ErrorBound
-from coldtap.stores.format.encoding import Encoding
 from coldtap.stores.format.recipe import Recipe
-from coldtap.stores.format.rows import SPLITS, RowPlan
-from coldtap.stores.format.rows_part import RowsPart
+from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.targets import targets_bytes
-from coldtap.stores.format.tiers import Layout, TierName
 from coldtap.stores.format.types import TargetKind
 
 
@@ -25,9 +21,7 @@ class JobPlan:
     """All that is decided before an image is read."""
 
     source: Source
-    backbone: Backbone
-    augmentation: Augmentation
-    seed: int
+    backbone: BackboneDescription
     specs: tuple[ArraySpec, ...]
     rows: RowPlan
     recipe: Recipe
@@ -55,68 +49,27 @@ class JobPlan:
 
 def plan_job(
     source: Source,
-    backbone: Backbone,
+    backbone: BackboneDescription,
     *,
     splits: Sequence[str],
-    taps: str,
-    gather: Sequence[str] | None,
-    sum_at: str | None,
-    tier: TierName,
-    layout: Layout | None,
-    bound: ErrorBound | None,
-    split: Sequence[str] | None,
-    views: int,
-    augmentation: Augmentation | None,
-    seed: int,
+    rows: RowOptions,
+    encoding: EncodingOptions,
 ) -> JobPlan:
-    """Plan a job; the arguments are those of `cache_features`, and the split of each sample.
+    """Plan a job, given the split of each sample.
 
     Raises:
         OptionError: a choice that the source or the backbone does not allow.
         ModelError: a tap that the backbone does not have.
     """
-    encoding = Encoding.choose(tier, layout, bound)
-    if views < 0:
-        raise OptionError(f"--views {views}: give 0 or more augmented views of each training image")
-    gather = [gather] if isinstance(gather, str) else gather
-    split = [split] if isinstance(split, str) else split
-    if unknown := sorted(set(split or ()) - set(SPLITS)):
-        raise OptionError(f"--split {unknown[0]}: choose among {', '.join(SPLITS)}")
-    # One stream of tokens that every block adds to: without it a sum of taps means nothing.
-    one_stream = not backbone.taps.stages and len(set(backbone.geometries.values())) == 1
-    gathers = choose_gathers(gather, taps, sum_at, depth=backbone.depth, one_stream=one_stream)
-    specs = plan_arrays(backbone.geometries, gathers, encoding.tier, encoding.layout)
-    listing = source.listing
-    present = set(splits)
-    rows = RowPlan.of(
-        listing.ids,
-        splits,
-        keep=[name for name in SPLITS if name in (split or present)],
-        views=views,
-        seed=seed,
-        block_rows=specs[0].block_rows,
+    chosen = encoding.choose()
+    gathers = choose_gathers(
+        encoding.gather, encoding.taps, encoding.sum_at, depth=backbone.depth, one_stream=backbone.one_stream
     )
-    drawn = augmentation or Augmentation()
+    specs = plan_arrays(backbone.geometries, gathers, chosen.tier, chosen.layout)
+    row_plan = rows.plan(source.listing, splits, specs[0].block_rows)
     recipe = Recipe(
         extractor=backbone.extractor(),
-        rows=RowsPart(
-            listing=listing.fingerprint,
-            splits={name: len(samples) for name, samples in rows.order.items()},
-            val="cut from train" if source.listing.val_is_cut else "given",
-            order=rows.order_digest(listing.ids),
-            seed=seed,
-            views=views,
-            augmentation=drawn.to_dict() if views else None,
-        ),
-        encoding=encoding.to_recipe(gathers, specs),
+        rows=rows.to_recipe(source.listing, row_plan),
+        encoding=chosen.to_recipe(gathers, specs),
     )
-    return JobPlan(
-        source=source,
-        backbone=backbone,
-        augmentation=drawn,
-        seed=seed,
-        specs=specs,
-        rows=rows,
-        recipe=recipe,
-        bound=encoding.bound,
-    )
+    return JobPlan(source=source, backbone=backbone, specs=specs, rows=row_plan, recipe=recipe, bound=chosen.bound)

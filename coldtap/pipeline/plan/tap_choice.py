@@ -9,7 +9,7 @@ from coldtap.stores.format.gathers import GATHERS
 def choose_gathers(
     gathers: Sequence[str] | None, taps: str, sum_at: str | None, *, depth: int, one_stream: bool
 ) -> Mapping[str, tuple[int, ...]]:
-    """Tap indices a gather.
+    """Tap indices per gather.
 
     Args:
         gathers: names asked for; None for all that the backbone allows.

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from coldtap.errors import IncompleteStoreError
-from coldtap.pipeline.extract.block import Extraction
+from coldtap.pipeline.backbones.backbone import load_from_options
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources.parquet import ParquetSource
 from coldtap.pipeline.images.sources.spool import SharedSpool
-from coldtap.pipeline.plan.options import JobDescription
+from coldtap.pipeline.plan.description import JobDescription
+from coldtap.pipeline.plan.plan import plan_job
+from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.reading.recipe_file import require_same_recipe
 from coldtap.stores.reading.stored_numbers import stored_numbers
@@ -30,11 +32,11 @@ class Assignment:
         store: where it writes; the process that gives out the blocks holds its lock.
         recipe: what the plan of every worker must come to.
         environment: for the journal.
-        batch_size: images a forward pass.
+        batch_size: images per forward pass.
         decode_threads: of each worker.
         torch_threads: of each worker.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
-        spool: the images of a Parquet source, which need not be copied once a worker.
+        spool: the images of a Parquet source, which need not be copied once per worker.
     """
 
     description: bytes
@@ -47,8 +49,8 @@ class Assignment:
     fail_on_bad_image: bool
     spool: SharedSpool | None
 
-    def make_ready(self, stop: threading.Event) -> Extraction:
-        """Load the backbone, list the source and open the store; takes seconds, once a process.
+    def make_ready(self, stop: threading.Event) -> BlockRunner:
+        """Load the backbone, list the source and open the store; takes seconds, once per process.
 
         Raises:
             OptionError: source or model cannot be made anew in this process.
@@ -59,21 +61,27 @@ class Assignment:
         source = description.open_source()
         if isinstance(source, ParquetSource) and self.spool is not None:
             source.use_spool(self.spool)
-        backbone = description.load_backbone()
-        plan = description.plan(source, backbone, source.listing.splits)
+        backbone = load_from_options(description.extractor)
+        plan = plan_job(
+            source,
+            backbone.describe(),
+            splits=source.listing.splits,
+            rows=description.rows,
+            encoding=description.encoding,
+        )
         require_same_recipe(self.store, self.recipe, plan.recipe)
         writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
         numbers = stored_numbers(self.store, plan.specs)
         if numbers is None:
             raise IncompleteStoreError(f"{self.store}: the metadata of its arrays is gone; run the same command again")
         writer.numbers = numbers
-        return Extraction(
+        return BlockRunner(
             backbone=backbone,
             decoder=Decoder(
                 source=source,
                 preprocess=backbone.preprocess,
-                augmentation=plan.augmentation,
-                seed=plan.seed,
+                augmentation=description.rows.augmentation,
+                seed=description.rows.seed,
                 batch_size=self.batch_size,
                 pool=ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode"),
                 n_threads=self.decode_threads,

@@ -54,14 +54,14 @@ def run_on_workers(
     advance: Callable[[int], None],
     stop: threading.Event,
 ) -> Iterator[JournalLine]:
-    """Journal lines of blocks as they finish; a few a worker at a time.
+    """Journal lines of blocks as they finish; a few per worker at a time.
 
     Leaving the iteration stops the blocks in flight at their next batch, and ends the processes.
 
     Raises:
         InterruptedRunError: `stop` was set.
         MachineError: the processes cannot start, or die too often.
-        ColdtapError: as `extract_block`.
+        ColdtapError: as `BlockRunner.run_block`.
     """
     name = f"coldtap-{assignment.recipe.address[:16]}"
     progress = _Progress(plan, advance)

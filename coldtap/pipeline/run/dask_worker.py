@@ -1,13 +1,12 @@
 """A job in a worker process of dask.distributed: made ready once, then block after block."""
 
 import threading
-from dataclasses import replace
 from typing import Any
 
 from distributed import WorkerPlugin, get_worker
 
-from coldtap.pipeline.extract.block import Extraction, extract_block
 from coldtap.pipeline.run.assignment import Assignment
+from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.journal import JournalLine
 
 
@@ -42,13 +41,13 @@ class _Job:
         self.stop = threading.Event()
         self._assignment = assignment
         self._turn = threading.Lock()
-        self._extraction: Extraction | None = None
+        self._runner: BlockRunner | None = None
 
-    def extraction(self) -> Extraction:
+    def runner(self) -> BlockRunner:
         with self._turn:
-            if self._extraction is None:
-                self._extraction = self._assignment.make_ready(self.stop)
-            return self._extraction
+            if self._runner is None:
+                self._runner = self._assignment.make_ready(self.stop)
+            return self._runner
 
 
 _jobs: dict[str, _Job] = {}
@@ -58,7 +57,7 @@ def block_of_job(name: str, block: int) -> JournalLine:
     """Do one block of a job that this worker was assigned, and log its progress as (block, rows done).
 
     Raises:
-        ColdtapError: as `extract_block`.
+        ColdtapError: as `BlockRunner.run_block`.
     """
     worker, n_done = get_worker(), 0
 
@@ -67,4 +66,4 @@ def block_of_job(name: str, block: int) -> JournalLine:
         n_done += n_rows
         worker.log_event(name, [block, n_done])
 
-    return extract_block(replace(_jobs[name].extraction(), advance=advance), block)
+    return _jobs[name].runner().run_block(block, advance)

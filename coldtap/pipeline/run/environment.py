@@ -1,29 +1,10 @@
-"""Where features are made: what can change their last bits, recorded beside the recipe."""
+"""Where features are made can change their last bits: a store goes on where it began."""
 
 from typing import Any
 
-import timm
-import torch
-
 from coldtap.errors import StoreError
-from coldtap.pipeline.backbones.backbone import Backbone
-from coldtap.version import __version__
 
 COMPARED = ("device", "torch", "timm", "kernel", "batch_size")
-
-
-def describe_environment(backbone: Backbone, batch_size: int) -> dict[str, Any]:
-    """Device, library versions, batch size, and of a quantised backbone the kernel."""
-    device = backbone.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "coldtap": __version__,
-        "batch_size": batch_size,
-        **({"kernel": backbone.kernel.kernel.name} if backbone.kernel else {}),
-    }
 
 
 def require_same_environment(before: dict[str, Any], now: dict[str, Any], *, allow_mixed: bool) -> None:

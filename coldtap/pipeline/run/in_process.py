@@ -1,19 +1,104 @@
 """Running the blocks of a job in one process: decoding, the device and writing overlap."""
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any
 
-from coldtap.pipeline.extract.block import Extraction, extract_block
+from coldtap.errors import InterruptedRunError, SourceError
+from coldtap.pipeline.backbones.backbone import Backbone
+from coldtap.pipeline.extract.block import ExtractedBlock, UnusableRowError, extract_block
+from coldtap.pipeline.images.decode_ahead import DecodedBatch, Decoder, Sample
 from coldtap.stores.format.journal import JournalLine
 from coldtap.stores.storage.threads import few_at_once
+from coldtap.stores.writing.block import BlockBuffers
+from coldtap.stores.writing.writer import StoreWriter
 
 # One block decodes, one has the device, one is written.
 BLOCKS_IN_FLIGHT = 3
 
 
-def run_blocks(job: Extraction, blocks: Sequence[int]) -> Iterator[JournalLine]:
-    """Journal lines of blocks as they finish; a few at a time, so that memory does not grow with the dataset.
+@dataclass(frozen=True, kw_only=True)
+class BlockRunner:
+    """Does blocks of one job in this process, several at a time.
 
-    An error in one block, or leaving the iteration, stops the others at their next batch.
+    Attributes:
+        backbone: the frozen model.
+        decoder: images to pixels.
+        writer: the store in the making.
+        environment: where the job runs, for the journal.
+        fail_on_bad_image: raise at the first bad image instead of rejecting its row.
+        device: the one thread that runs the backbone, block after block, while other blocks decode or write.
+        stop: set when the job must end; blocks in flight are then dropped at their next batch.
+        spare_buffers: those of blocks that are written; fresh memory costs more than the copies into it.
     """
-    yield from few_at_once(partial(extract_block, job), blocks, BLOCKS_IN_FLIGHT, job.stop)
+
+    backbone: Backbone
+    decoder: Decoder
+    writer: StoreWriter
+    environment: Mapping[str, Any]
+    fail_on_bad_image: bool
+    device: Executor
+    stop: threading.Event
+    spare_buffers: deque[BlockBuffers] = field(default_factory=deque)
+
+    def run_block(self, block: int, advance: Callable[[int], None]) -> JournalLine:
+        """Decode, extract and write one block.
+
+        Args:
+            block: its number.
+            advance: called with the number of rows done, after each batch.
+
+        Raises:
+            SourceError: a bad image, where the job is told to fail on one.
+            InterruptedRunError: the job was stopped.
+            MachineError: the disk is full or refuses.
+        """
+        # Decoding starts at once; the features wait for the device.
+        batches = self.decoder.batches([Sample(row.sample, row.view) for row in self.writer.plan.block(block)])
+        found = self.device.submit(self._extract, block, self._watched(batches, advance)).result()
+        line = self.writer.write_block(
+            block,
+            found.buffers,
+            rejected=found.rejected,
+            source_sha256=found.digests,
+            ranges=found.ranges,
+            environment=self.environment,
+        )
+        self.spare_buffers.append(found.buffers)
+        return line
+
+    def run_blocks(self, blocks: Sequence[int], advance: Callable[[int], None]) -> Iterator[JournalLine]:
+        """Journal lines of blocks as they finish; a few at a time, so that memory does not grow with the dataset.
+
+        An error in one block, or leaving the iteration, stops the others at their next batch.
+        """
+        yield from few_at_once(lambda block: self.run_block(block, advance), blocks, BLOCKS_IN_FLIGHT, self.stop)
+
+    def _extract(self, block: int, batches: Iterable[DecodedBatch]) -> ExtractedBlock:
+        out = self._take_buffers()
+        try:
+            return extract_block(self.backbone, block, batches, out, fail_on_bad_image=self.fail_on_bad_image)
+        except UnusableRowError as error:
+            plan = self.writer.plan
+            where = self.decoder.source.where(plan.block(block)[error.row % plan.block_rows].sample)
+            raise SourceError(
+                f"{where} cannot be used: {error} (--on-bad-image fail); finished blocks are kept"
+            ) from None
+
+    def _take_buffers(self) -> BlockBuffers:
+        """Buffers for one block, with whatever an earlier one left in them."""
+        try:
+            return self.spare_buffers.pop()
+        except IndexError:
+            return self.writer.new_buffers()
+
+    def _watched(self, batches: Iterable[DecodedBatch], advance: Callable[[int], None]) -> Iterator[DecodedBatch]:
+        """The batches, told of when they are done, until the job must end."""
+        for batch in batches:
+            if self.stop.is_set():
+                raise InterruptedRunError("stopped")
+            yield batch
+            advance(len(batch.samples))

@@ -88,26 +88,23 @@ def test_preprocessing_keeps_the_whole_of_a_wide_image(backbone):
     assert image[:, :, 16].max() < -0.9
 
 
-def test_weights_of_another_digest_are_refused(monkeypatch, tmp_path):
+def test_weights_of_another_digest_are_refused(tmp_path):
     damaged = tmp_path / "vit-reference.safetensors"
     content = bytearray(reference.WEIGHTS.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    monkeypatch.setattr(reference, "WEIGHTS", damaged)
     with pytest.raises(ModelError, match=r"sha256 is .* expected .*install coldtap again"):
-        reference.build_reference()
+        reference.build_reference(damaged)
 
 
-def test_missing_weights_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(reference, "WEIGHTS", tmp_path / "nothing.safetensors")
+def test_missing_weights_are_refused(tmp_path):
     with pytest.raises(ModelError, match="cannot read the weights"):
-        reference.build_reference()
+        reference.build_reference(tmp_path / "nothing.safetensors")
 
 
-def test_weights_of_another_layout_are_refused(monkeypatch):
-    monkeypatch.setitem(reference.LAYOUT, "depth", 10)
+def test_weights_of_another_layout_are_refused():
     with pytest.raises(ModelError, match="do not fit coldtap/vit-reference"):
-        reference.build_reference()
+        reference.build_reference(layout={**reference.LAYOUT, "depth": 10})
 
 
 def test_backbone_still_classifies_the_images_it_was_trained_for(backbone):

@@ -16,9 +16,10 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from coldtap.errors import ModelError, OptionError
+from coldtap.pipeline.backbones.inputs import normalise, preprocess_of_model
 from coldtap.pipeline.images import preprocess as module
 from coldtap.pipeline.images.decode import BadImageError
-from coldtap.pipeline.images.preprocess import INTERPOLATIONS, Augmentation, Preprocess, normalise
+from coldtap.pipeline.images.preprocess import INTERPOLATIONS, Augmentation, Preprocess
 from tests.helpers.pictures import picture
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -272,29 +273,29 @@ def configured(**config):
 
 
 def test_configuration_of_the_model_and_overrides():
-    found = Preprocess.from_timm(configured(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
+    found = preprocess_of_model(configured(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
     assert (found.height, found.width, found.crop_pct, found.crop_mode) == (32, 48, 0.9, "center")
     assert (found.interpolation, found.mean, found.std) == ("bilinear", (0.5,) * 3, (0.25,) * 3)
-    changed = Preprocess.from_timm(
+    changed = preprocess_of_model(
         configured(), {"input_size": 64, "crop_mode": "squash", "crop_pct": None, "mean": [0.1, 0.2, 0.3]}
     )
     assert (changed.height, changed.width, changed.crop_mode, changed.crop_pct) == (64, 64, "squash", 0.9)
     assert changed.mean == (0.1, 0.2, 0.3)
-    assert Preprocess.from_timm(configured(), {"input_size": (16, 20)}).width == 20
+    assert preprocess_of_model(configured(), {"input_size": (16, 20)}).width == 20
 
 
 def test_model_without_a_configuration_gets_timms_defaults():
-    found = Preprocess.from_timm(Plain())
+    found = preprocess_of_model(Plain())
     assert (found.height, found.interpolation, found.mean) == (224, "bicubic", IMAGENET["mean"])
 
 
 def test_bad_overrides_are_refused():
     with pytest.raises(OptionError, match="unknown preprocessing colour; known: input_size, crop_pct"):
-        Preprocess.from_timm(configured(), {"colour": 1})
+        preprocess_of_model(configured(), {"colour": 1})
     with pytest.raises(OptionError, match=r"input_size=\(1, 2, 3, 4\): wanted SIDE"):
-        Preprocess.from_timm(configured(), {"input_size": (1, 2, 3, 4)})
+        preprocess_of_model(configured(), {"input_size": (1, 2, 3, 4)})
     with pytest.raises(ModelError, match="takes 1 channels; images are decoded to 3"):
-        Preprocess.from_timm(configured(input_size=(1, 28, 28)))
+        preprocess_of_model(configured(input_size=(1, 28, 28)))
 
 
 def test_all_interpolations_exist_in_timm():

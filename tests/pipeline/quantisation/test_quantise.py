@@ -451,7 +451,7 @@ def artefact(tmp_path_factory):
 def test_a_quantised_store_says_so_and_float_features_never_stand_in_for_it(tmp_path, artefact):
     path, source = artefact
     options = {"batch_size": 8, "device": "cpu", "tier": "float32"}
-    cache_features(source, tmp_path / "q", quantised=path, **options)
+    cache_features(source, tmp_path / "q", quantized=path, **options)
     store = open_store(tmp_path / "q")
     assert store.recipe.extractor.quantisation["artefact"] == read_artefact(path).digest
     assert store.recorded["environment"]["kernel"] in ("onednn", "int_mm", "float")
@@ -462,13 +462,13 @@ def test_a_quantised_store_says_so_and_float_features_never_stand_in_for_it(tmp_
     other = path.with_name("other.safetensors")
     quantize("coldtap/vit-reference", source, other, images=32, compensate="none", device="cpu")
     with pytest.raises(RecipeMismatchError, match="artefact"):
-        cache_features(source, tmp_path / "q", quantised=other, **options)
-    assert cache_features(source, tmp_path / "q", quantised=path, **options).status == "unchanged"
+        cache_features(source, tmp_path / "q", quantized=other, **options)
+    assert cache_features(source, tmp_path / "q", quantized=path, **options).status == "unchanged"
 
 
 def test_workers_run_the_kernel_that_was_chosen_and_write_the_same_bytes(tmp_path, artefact):
     path, source = artefact
-    options = {"batch_size": 8, "device": "cpu", "quantised": path, "kernel": "onednn"}
+    options = {"batch_size": 8, "device": "cpu", "quantized": path, "kernel": "onednn"}
     cache_features(source, tmp_path / "one", **options)
     store = tmp_path / "two"
     cache_features(source, store, workers=2, **options)
@@ -477,7 +477,7 @@ def test_workers_run_the_kernel_that_was_chosen_and_write_the_same_bytes(tmp_pat
 
 def test_a_store_does_not_go_on_with_another_kernel(tmp_path, artefact):
     path, source = artefact
-    options = {"batch_size": 8, "device": "cpu", "quantised": path}
+    options = {"batch_size": 8, "device": "cpu", "quantized": path}
     begun = tmp_path / "s"
     cache_features(source, begun, kernel="float", **options)
     (begun / "manifest").unlink()
@@ -517,7 +517,7 @@ def test_predict_names_the_artefact_that_it_needs_and_the_one_that_it_was_given(
         ),
     }
     digests = {name: report.digest[:12] for name, report in made.items()}
-    for name, options in (("quantised", {"quantised": made["ours"].path}), ("float", {})):
+    for name, options in (("quantised", {"quantized": made["ours"].path}), ("float", {})):
         cache_features(images, tmp_path / name, gather=["pooled"], taps="9", device="cpu", **options)
         words = ("--adaptor", "linear", "--epochs", "1", "--out", tmp_path / f"run-{name}")
         trained = coldtap("train-adaptor", tmp_path / name, *words)

@@ -22,7 +22,7 @@ from coldtap.errors import OptionError
 from coldtap.pipeline.backbones.backbone import load_backbone
 from coldtap.pipeline.images.sources import open_source
 from coldtap.pipeline.images.sources.spool import Spool
-from coldtap.pipeline.plan.options import JobDescription
+from coldtap.pipeline.plan.description import JobDescription
 from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
 from coldtap.stores import open_store
 from coldtap.stores.format.manifest import MANIFEST

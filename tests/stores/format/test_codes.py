@@ -166,7 +166,7 @@ def test_the_device_makes_the_same_codes_bit_for_bit():
     for rows in ([0, 1, 2], [3, 4, 5, 6, 7]):
         reference.put(values[rows], rows)
         for place, tap in enumerate(spec.taps):
-            part = Gathered(array=spec.name, tap=tap, position=place, values=torch.from_numpy(values[rows, place]))
+            part = Gathered(spec=spec, tap=tap, position=place, values=torch.from_numpy(values[rows, place]))
             encoder.write(part, rows, {})
     np.testing.assert_array_equal(ours.shard.values, reference.shard.values)
     present = np.ones(8, bool)
@@ -192,7 +192,7 @@ def test_an_image_with_nan_does_not_hide_the_escapes_of_its_neighbours():
     values[2, 0, 0, 0] = np.nan
     buffer = ArrayBuffer(spec, Numbers(exponents=(0,), scaling=scaling))
     flaws = {}
-    part = Gathered(array=spec.name, tap=0, position=0, values=torch.from_numpy(values[:, 0]))
+    part = Gathered(spec=spec, tap=0, position=0, values=torch.from_numpy(values[:, 0]))
     BlockEncoder({spec.name: buffer}, torch.device("cpu")).write(part, range(4), flaws)
     assert list(flaws) == [2]
     present = np.zeros(32, bool)

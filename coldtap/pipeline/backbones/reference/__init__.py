@@ -5,6 +5,7 @@ they were trained on, how, and what they reach. `scripts/pretrain_reference.py` 
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,15 @@ PRETRAINED_CFG: dict[str, Any] = {
 }
 
 
-def build_reference() -> VisionTransformer:
+def build_reference(weights: Path = WEIGHTS, layout: Mapping[str, Any] = LAYOUT) -> VisionTransformer:
     """Build the reference backbone with its packaged weights.
 
     Images of shape (batch, 3, 32, 32) give taps z0 … z9 of shape (batch, 65, 192): one class token, then an
     8 x 8 grid.
+
+    Args:
+        weights: The packaged file.
+        layout: Arguments of timm's class.
 
     Returns:
         A float32 model in eval mode. `timm.data.resolve_model_data_config` finds its preprocessing.
@@ -55,12 +60,12 @@ def build_reference() -> VisionTransformer:
     Raises:
         ModelError: The packaged weights are missing, are not those of this version, or do not fit the layout.
     """
-    state = _read_weights(WEIGHTS, WEIGHTS_SHA256)
-    model = VisionTransformer(**LAYOUT)
+    state = _read_weights(weights, WEIGHTS_SHA256)
+    model = VisionTransformer(**layout)
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
-        raise ModelError(f"{WEIGHTS}: the weights do not fit {ARCHITECTURE}: {error}") from error
+        raise ModelError(f"{weights}: the weights do not fit {ARCHITECTURE}: {error}") from error
     # timm keeps this dict on the module, whose type allows only tensors and modules.
     model.pretrained_cfg = dict(PRETRAINED_CFG)  # type: ignore[assignment]
     return model.eval()

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coldtap.errors import SourceError
-from coldtap.pipeline.images.decode import RAW_IMAGE_TYPES, BadImageError, RawImage, content_digest
+from coldtap.pipeline.images.decode import BadImageError, RawImage, content_digest, is_raw_image
 from coldtap.pipeline.images.sources.labels import NULL, LabelSets
 from coldtap.pipeline.images.sources.listing import Listing, fingerprint_of, make_listing
 from coldtap.pipeline.images.sources.splits import ACCEPTED, Labels, canonical_split
@@ -96,7 +96,7 @@ class IndexableSource:
             raise
         except Exception as error:  # whatever the object's own code raises
             raise BadImageError(f"{type(error).__name__}: {error}") from error
-        if not isinstance(image, RAW_IMAGE_TYPES):
+        if not is_raw_image(image):
             raise BadImageError(f"not an image: a {type(image).__name__}")
         return image
 
@@ -136,7 +136,7 @@ class IndexableSource:
             raise SourceError(f"{self.name}: {self.where(first)} failed: {error!r}") from error
         pair = isinstance(item, (tuple, list)) and len(item) == 2
         image = item[0] if pair else item
-        if not isinstance(image, RAW_IMAGE_TYPES) or not (pair or labels == "optional"):
+        if not is_raw_image(image) or not (pair or labels == "optional"):
             found = "({})".format(", ".join(type(x).__name__ for x in item)) if pair else type(item).__name__
             raise SourceError(
                 f"{self.name}: {self.where(first)} is {found}; wanted (image, target), the image a PIL image, "

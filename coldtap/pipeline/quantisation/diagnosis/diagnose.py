@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from coldtap.errors import OptionError, RunError, SourceError
 from coldtap.pipeline.backbones.backbone import Backbone, exact_float32, load_backbone
+from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.backbones.integer.ranges import RANGE_METHODS, RangeMethod
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
-from coldtap.pipeline.images.preprocess import Preprocess, normalise
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source
 from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels, rows_of
 from coldtap.pipeline.quantisation.compensation.linear_map import LinearMoments

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from coldtap.errors import MachineError, ModelError, OptionError
 from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
+from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.artefact import About, Artefact, read_artefact
 from coldtap.pipeline.backbones.integer.families import anatomy_of
 from coldtap.pipeline.backbones.integer.layers import quantised_layers
 from coldtap.pipeline.backbones.integer.load import build_quantised
 from coldtap.pipeline.backbones.taps import read_taps_of
-from coldtap.pipeline.images.preprocess import N_CHANNELS, Preprocess, normalise
+from coldtap.pipeline.images.preprocess import N_CHANNELS, Preprocess
 from coldtap.pipeline.quantisation.onnx.layer import OnnxLayer
 from coldtap.stores.format.canonical import canonical_json, digest_of
 from coldtap.stores.storage.atomic import write_file

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from coldtap.errors import OptionError, SourceError
-from coldtap.pipeline.images.decode_ahead import Decoder
+from coldtap.pipeline.images.decode_ahead import Decoder, Sample
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Source, open_source
-from coldtap.stores.format.rows import Row
 
 DEFAULT_IMAGES = 512
 # A quarter at a time is held out, and four images say little of a range.
@@ -104,9 +103,8 @@ def _decode(
             pool=pool,
             n_threads=N_DECODE_THREADS,
         )
-        rows = [Row(number=i, sample=sample, split="train", view=0) for i, sample in enumerate(order)]
-        for batch in decoder.batches(rows):
-            for i in range(len(batch.rows)):
+        for batch in decoder.batches([Sample(index) for index in order]):
+            for i in range(len(batch.samples)):
                 if len(pixels) == wanted:
                     return pixels, digests, n_unusable
                 if i in batch.reasons:

@@ -17,8 +17,9 @@ from PIL import Image
 
 from coldtap.errors import ColdtapError, MachineError, OptionError, RunError, SourceError
 from coldtap.pipeline.backbones.backbone import load_backbone
+from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
-from coldtap.pipeline.images.preprocess import Preprocess, normalise
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.quantisation.compensation.cwac import SiteFit
 from coldtap.pipeline.quantisation.compensation.site_table import site_table
 from coldtap.pipeline.quantisation.diagnosis.diagnose import FILES, diagnose
