@@ -19,9 +19,12 @@ def verify(
 ) -> None:
     """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
     from coldtap.cli.progress import WorkProgress
+    from coldtap.extras import require_extra
     from coldtap.stores import open_store
     from coldtap.stores.verify.verify import source_problems, verify_store
 
+    if source is not None:
+        require_extra("extract", for_="verify --source")
     with WorkProgress() as progress:
 
         def begin(n_bytes: int) -> None:
