@@ -118,3 +118,10 @@ def test_several_extras_that_are_missing_are_one_command_to_install(monkeypatch)
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingExtraError, match=r"export needs torch and onnx: pip install 'coldtap\[train,onnx\]'"):
         require_extra("train", "onnx", for_="export")
+
+
+def test_workers_need_the_cluster_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(MissingExtraError, match=r"`workers=2` needs distributed: pip install 'coldtap\[cluster\]'"):
+        package.cache_features(tmp_path / "no-photos", tmp_path / "store", workers=2)
+    assert list(tmp_path.iterdir()) == []

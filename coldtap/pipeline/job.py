@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from coldtap.errors import InterruptedRunError, OptionError, StoreLockedError
+from coldtap.extras import require_extra
 from coldtap.pipeline.backbones.backbone import Backbone, Precision
 from coldtap.pipeline.backbones.batch_size import choose_batch_size
 from coldtap.pipeline.cache_report import CacheReport
@@ -343,6 +344,8 @@ def _check_options(
         raise OptionError(f"--decode-threads {decode_threads}: give at least 1")
     if workers < 1:
         raise OptionError(f"--workers {workers}: give at least 1 process")
+    if workers > 1:
+        require_extra("cluster", for_=f"`{workers=}`")
     if not 0 <= max_rejected <= 1:
         raise OptionError(f"--max-rejected {max_rejected}: give a share from 0 to 1")
     if on_bad_image not in ("reject", "fail"):

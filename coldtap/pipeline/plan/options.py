@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import cloudpickle  # type: ignore[import-untyped]
 from torch import nn
 
 from coldtap.errors import OptionError
@@ -49,6 +48,8 @@ class JobDescription:
         Raises:
             OptionError: a source or a module from Python cannot be pickled.
         """
+        import cloudpickle  # type: ignore[import-untyped] # of the extra `cluster`
+
         try:
             return bytes(cloudpickle.dumps(self))
         except Exception as error:  # whatever the pickling of a caller's object raises
@@ -64,6 +65,8 @@ class JobDescription:
         Raises:
             OptionError: the source or the module cannot be made anew in this process.
         """
+        import cloudpickle
+
         try:
             description = cloudpickle.loads(pickled)
         except Exception as error:
