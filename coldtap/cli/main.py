@@ -9,6 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -17,6 +18,7 @@ from coldtap.cli.cache import cache_features
 from coldtap.cli.compensate import compensate
 from coldtap.cli.convert import convert
 from coldtap.cli.diagnose import diagnose
+from coldtap.cli.errors import flags_by_parameter, flags_of, in_flags
 from coldtap.cli.evaluate import evaluate
 from coldtap.cli.export import export
 from coldtap.cli.export_backbone import export_backbone
@@ -33,13 +35,12 @@ from coldtap.stores.writing.stopping import STOPPED
 HELP = "Run a frozen vision backbone once, keep its features, train small adaptors from them alone."
 
 
-def guarded[**P](name: str, command: Callable[P, None]) -> Callable[P, None]:
+def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
     """Let the user's mistakes in a command end in one line and an exit code, never in a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            require_extras_of(name)
             command(*args, **kwargs)
         except ColdtapError as error:
             print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -57,6 +58,28 @@ def guarded[**P](name: str, command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def _named[**P](name: str, command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command ask for its extras first, and its errors speak of its flags."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with flags_of(functools.partial(_flags_of, name)):
+            try:
+                require_extras_of(name)
+                command(*args, **kwargs)
+            except ColdtapError as error:
+                error.args = (in_flags(str(error)),)
+                raise
+
+    return run
+
+
+@functools.cache
+def _flags_of(name: str) -> dict[str, str]:
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined] # `app` is a group
+    return flags_by_parameter(commands[name], commands.values())
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -72,7 +95,7 @@ def _app(help_text: str | None = None) -> typer.Typer:
 
 
 def _add(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
-    app.command(name)(guarded(name, command))
+    app.command(name)(guarded(_named(name, command)))
 
 
 app = _app(HELP)

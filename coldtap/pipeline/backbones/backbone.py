@@ -133,7 +133,7 @@ def load_backbone(
         OptionError: an option has no such value.
     """
     if precision not in PRECISIONS:
-        raise OptionError(f"--precision {precision}: choose one of {', '.join(PRECISIONS)}")
+        raise OptionError(f"`{precision=}`: choose one of {', '.join(PRECISIONS)}")
     place = resolve_device(device)
     artefact = None
     if quantised is not None:
@@ -144,7 +144,7 @@ def load_backbone(
         how = _artefact_preprocess(artefact, quantised, module, preprocess)
     else:
         if kernel != "auto":
-            raise OptionError(f"--kernel {kernel} is of a quantised backbone: give one with --quantized")
+            raise OptionError(f"`{kernel=}` is of a quantised backbone: give one with `quantized`")
         asked = REFERENCE if model is None else model
         module = _float_module(asked, checkpoint, random_weights, preprocess)
         architecture, digest = _architecture(module, asked), weights_digest(module)
@@ -168,7 +168,7 @@ def load_backbone(
         except Exception as error:  # whatever a model raises on an input that it was not made for
             raise ModelError(
                 f"{architecture} cannot give its taps for {how.height} × {how.width} pixels "
-                f"({type(error).__name__}: {error}): choose another --input-size or model"
+                f"({type(error).__name__}: {error}): choose another `input_size` or model"
             ) from error
     return Backbone(
         architecture=architecture,
@@ -189,9 +189,9 @@ def _refuse_beside_artefact(
     checkpoint: Path | None, random_weights: bool, precision: str, taps: Sequence[str] | None
 ) -> None:
     if checkpoint is not None or random_weights:
-        raise OptionError("--quantized brings its weights: leave out --checkpoint and --random-weights")
+        raise OptionError("`quantized` brings its weights: leave out `checkpoint` and `random_weights`")
     if precision != "float32":
-        raise OptionError(f"--precision {precision}: what a quantised backbone keeps in float is float32")
+        raise OptionError(f"`{precision=}`: what a quantised backbone keeps in float is float32")
     if taps is not None:
         raise OptionError("a quantised backbone has the taps of its family: leave out tap_names")
 
@@ -269,7 +269,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise OptionError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+        raise OptionError(f"`device={name!r}`: choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
+        raise MachineError(f"`device={name!r}`: this machine has {torch.cuda.device_count()} GPUs; use `device='cpu'`")
     return torch.device(name)

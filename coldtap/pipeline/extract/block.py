@@ -128,5 +128,7 @@ def _sort_out(
             continue
         if job.fail_on_bad_image:
             where = job.decoder.source.where(row.sample)
-            raise SourceError(f"{where} cannot be used: {flaw.reason} (--on-bad-image fail); finished blocks are kept")
+            raise SourceError(
+                f"{where} cannot be used: {flaw.reason} (`on_bad_image='fail'`); finished blocks are kept"
+            )
         rejected.append(Rejection(row=row.number, reason=flaw.reason, tap=flaw.tap if flaw.tap >= 0 else None))

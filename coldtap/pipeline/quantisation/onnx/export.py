@@ -101,7 +101,7 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
     if not was_there:
         write_file(path, [data])
     elif path.read_bytes() != data:
-        raise OptionError(f"{path} is there already and holds something else: choose another --out, or delete it")
+        raise OptionError(f"{path} is there already and holds something else: choose another `out`, or delete it")
     return BackboneExport(
         path=path,
         n_bytes=len(data),
@@ -249,7 +249,7 @@ def _require_eight_bits(artefact: Artefact, path: Path) -> None:
         more = f", as have {len(others) - 1} other layers" if len(others) > 1 else ""
         raise ModelError(
             f"{path} cannot be exported: {name} has {scheme}{more}, and ONNX multiplies integers of 8 bits alone: "
-            f"quantise with --scheme {SCHEME}, and --override with {SCHEME} or float alone"
+            f"quantise with `scheme={SCHEME!r}`, and `overrides` with {SCHEME} or float alone"
         )
 
 
