@@ -102,7 +102,7 @@ def benchmark(
             _forecast(asked)
             return
         table, exit_code = run_benchmark(asked, jobs=jobs, tell=_tell, display=BenchmarkDisplay())
-    print(f"\n{table_text(table)}\n{out}: table.txt, table.csv and table.html hold it too")
+    print(f"\n{in_flags(table_text(table))}\n{out}: table.txt, table.csv and table.html hold it too")
     if exit_code:
         raise typer.Exit(exit_code)
 

@@ -268,7 +268,7 @@ def test_what_is_cached_follows_from_the_adaptors(folder, tmp_path):
     assert linear["mean"]
     assert mist["failure"] == (
         f"mist needs sum; {store} was cached for other adaptors and holds pooled: delete it and its runs "
-        f"({tmp_path / 'runs/apples'}) and run the same command again, or choose another --out"
+        f"({tmp_path / 'runs/apples'}) and run the same command again, or choose another `out`"
     )
     shutil.rmtree(store)
     shutil.rmtree(tmp_path / "runs/apples")
