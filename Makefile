@@ -10,7 +10,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format bench results clean
+.PHONY: help setup demo test check bare format bench results clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,9 @@ check: $(STAMP) ## Format, lint, types and import direction; changes nothing
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_import_direction.py
+
+bare: $(STAMP) ## Install the package without extras elsewhere, and read, verify and convert stores there
+	@$(PY) scripts/bare_install.py $(ARGS)
 
 format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(PY) -m ruff format .
@@ -63,10 +66,10 @@ $(STAMP): pyproject.toml
 	fi; \
 	echo "Installing coldtap into $(VENV) (the first time some minutes and several GB, most of it torch)"; \
 	if command -v uv >/dev/null 2>&1; then \
-		uv pip install --python $(PY) --editable . --group dev; \
+		uv pip install --python $(PY) --editable '.[all]' --group dev; \
 	else \
 		$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip --upgrade; \
 		$(PY) -m pip install --quiet --upgrade 'pip>=25.1'; \
-		$(PY) -m pip install --quiet --editable . --group dev; \
+		$(PY) -m pip install --quiet --editable '.[all]' --group dev; \
 	fi; \
 	touch $(STAMP)

@@ -2,12 +2,14 @@
 
     from coldtap import cache_features, open_store, train_adaptor
 
-The names are loaded when first used: reading a store needs no torch, training needs no timm.
+The names are loaded when first used: reading a store needs no torch, training needs no timm. One whose extra is not
+installed raises MissingExtraError, which is an ImportError too.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from coldtap.extras import require_extras_of
 from coldtap.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -47,5 +49,6 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
+        require_extras_of(name.replace("_", "-"))
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'coldtap' has no attribute {name!r}")

@@ -12,6 +12,7 @@
     │   ├── IncompleteStoreError 6   no manifest: the job that writes it has not finished
     │   └── CorruptStoreError    6   bytes that are not what the manifest, a crc or the metadata says
     ├── MachineError             7   disk, permission or device
+    ├── MissingExtraError        7   a library that is not installed, and the extra that brings it
     ├── RunError                 9   a run folder that cannot be read, resumed or overwritten
     └── InterruptedRunError    130   stopped by Ctrl-C or SIGTERM (143); finished work is kept
 
@@ -86,6 +87,12 @@ class CorruptStoreError(StoreError):
 
 class MachineError(ColdtapError, OSError):
     """The machine refuses: a full disk, a missing permission, no such device."""
+
+    exit_code = 7
+
+
+class MissingExtraError(ColdtapError, ImportError):
+    """An extra of the package, which a command or an argument needs, is not installed."""
 
     exit_code = 7
 

@@ -18,7 +18,7 @@ ALLOWED_PARTS = {
     "adaptors": {"stores"},
     "stores": set(),
 }
-HALL = {"errors", "text", "version"}  # ground that every part may import
+HALL = {"errors", "extras", "text", "version"}  # ground that every part may import
 BANNED_LIBRARIES = {
     "cli": set(),
     "workflows": set(),

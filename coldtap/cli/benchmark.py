@@ -1,10 +1,12 @@
 """`coldtap benchmark FOLDER --adaptors … --out OUT`."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coldtap.cli.errors import in_flags
 from coldtap.cli.options import Checkpoint, Device, RandomWeights
 from coldtap.cli.train import parse_grid, parse_pairs
 from coldtap.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
@@ -99,10 +101,14 @@ def benchmark(
         if dry_run:
             _forecast(asked)
             return
-        table, exit_code = run_benchmark(asked, jobs=jobs, display=BenchmarkDisplay())
-    print(f"\n{table_text(table)}\n{out}: table.txt, table.csv and table.html hold it too")
+        table, exit_code = run_benchmark(asked, jobs=jobs, tell=_tell, display=BenchmarkDisplay())
+    print(f"\n{in_flags(table_text(table))}\n{out}: table.txt, table.csv and table.html hold it too")
     if exit_code:
         raise typer.Exit(exit_code)
+
+
+def _tell(line: str) -> None:
+    print(in_flags(line), file=sys.stderr, flush=True)
 
 
 def _names(text: str) -> list[str]:
@@ -129,7 +135,7 @@ def _forecast(asked: "Benchmark") -> None:
         except (InterruptedRunError, OptionError, ModelError):
             raise
         except ColdtapError as error:
-            print(f"{dataset}: cannot be cached: {error}")
+            print(f"{dataset}: cannot be cached: {in_flags(str(error))}")
             continue
         ahead = report.forecast
         print(

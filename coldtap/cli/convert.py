@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.errors import show_errors, show_share
+from coldtap.cli.measured_errors import show_errors, show_share
 from coldtap.cli.options import AsJson
 from coldtap.stores.writing.stopping import sigterm_interrupts
 from coldtap.text import show_bytes, show_seconds

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from coldtap.cli.errors import in_flags
+
 if TYPE_CHECKING:
     from coldtap.adaptors.training.checkpoint import TrialState
 
@@ -30,10 +32,11 @@ class EpochLines:
 
     def note(self, text: str) -> None:
         """Prints a sentence, above the bar where there is one."""
+        line = f"{self.title}{in_flags(text)}"
         if self._bar is None:
-            print(f"{self.title}{text}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
         else:
-            self._bar.console.print(f"{self.title}{text}", markup=False, highlight=False)
+            self._bar.console.print(line, markup=False, highlight=False)
 
     def __call__(self, trials: "Sequence[TrialState]", *, epoch: int, epochs: int, seconds: float) -> None:
         """Shows an epoch."""

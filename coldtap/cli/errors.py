@@ -1,21 +1,59 @@
-"""Measured errors as people read them: the worst channel of a tap, prefix and patch tokens apart."""
+"""Texts of the library, which names its parameters in backticks, in the words of the command line.
 
-from collections.abc import Mapping
+`` `tier='int9'` `` becomes `--tier int9`, and `` `max_error` `` becomes `--max-error`. Flags are those of the command
+that runs; what it does not have is looked up in the others, since advice may be about another command.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+# Parameters of the library that are called otherwise on the command line.
+OTHERWISE_CALLED = {
+    "overrides": "override",
+    "sites": "site",
+    "options": "settings",
+    "names": "sets",
+}
 
-def show_errors(about: Mapping[str, Any]) -> str:
-    """Worst channel and median: `patch 30.4 dB in channel 17, median 30.9; prefix …`, in columns."""
-    return "; ".join(f"{part} {_worst(about[part])}" for part in ("patch", "prefix") if part in about)
+PARAMETER = re.compile(r"""`([a-z_]+)(?:=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^`'"\s]+))?`""")
+
+_flags: ContextVar[Callable[[], Mapping[str, str]]] = ContextVar("_flags", default=dict)
 
 
-def _worst(found: Mapping[str, Any]) -> str:
-    if found["worst_snr_db"] is None:
-        return "nothing lost"
-    worst, channel, median = (found[key] for key in ("worst_snr_db", "worst_channel", "median_snr_db"))
-    return f"{worst:.1f} dB in channel {channel:<4} median {median:.1f}"
+@contextmanager
+def flags_of(flags: Callable[[], Mapping[str, str]]) -> Iterator[None]:
+    """Let `in_flags` speak of these flags by parameter; they are asked for when the first text comes."""
+    token = _flags.set(flags)
+    try:
+        yield
+    finally:
+        _flags.reset(token)
 
 
-def show_share(share: float) -> str:
-    """A small share in percent, two digits: `0.042 %`."""
-    return f"{100 * share:.2g} %"
+def flags_by_parameter(command: Any, others: Iterable[Any]) -> dict[str, str]:
+    """Return the flag of every parameter of a Typer command, and of the others where it has none of that name."""
+    flags: dict[str, str] = {}
+    for one in (command, *others):
+        options = [parameter for parameter in one.params if parameter.param_type_name == "option"]
+        for option in options:
+            flags.setdefault(option.name, option.opts[0])
+    return flags | {name: flags[other] for name, other in OTHERWISE_CALLED.items() if other in flags}
+
+
+def in_flags(text: str) -> str:
+    """Return a text of the library with its parameters as flags; what is none stays as it is."""
+    flags = _flags.get()() if "`" in text else {}
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        if name not in flags:
+            return found[0]
+        if value is None or value == "True":
+            return flags[name]
+        return f"{flags[name]} {ast.literal_eval(value) if value[0] in '\'"' else value}"
+
+    return PARAMETER.sub(flag, text)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from coldtap.cli.errors import in_flags
 from coldtap.cli.options import AsJson, Device
 
 
@@ -36,7 +37,7 @@ def evaluate(
         compensation=compensation,
         across_quantisation=across_quantisation,
         device=device,
-        note=lambda sentence: print(sentence, file=sys.stderr),
+        note=lambda sentence: print(in_flags(sentence), file=sys.stderr),
     )
     if as_json:
         print(json.dumps({**asdict(found), "run": str(run), "store": str(store)}, indent=1))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.compensate import gain_lines
-from coldtap.cli.errors import show_errors, show_share
+from coldtap.cli.measured_errors import show_errors, show_share
 from coldtap.cli.options import AsJson
 from coldtap.stores.format.codes import describe_bound
 from coldtap.stores.format.tiers import TIERS

@@ -1,14 +1,15 @@
 """`coldtap`, `cache-features` and `train-adaptor`: the commands, and how errors become exit codes.
 
 Exit codes: 0 done · 1 `verify` found problems · 2 an option · 3 images or labels · 4 backbone, checkpoint or tap ·
-5 the store does not fit the request · 6 the store is incomplete or damaged · 7 disk, permission or device ·
-8 too many images rejected · 9 a run folder · 130 Ctrl-C · 143 SIGTERM.
+5 the store does not fit the request · 6 the store is incomplete or damaged · 7 disk, permission, device, or an extra
+that is not installed · 8 too many images rejected · 9 a run folder · 130 Ctrl-C · 143 SIGTERM.
 """
 
 import functools
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -17,6 +18,7 @@ from coldtap.cli.cache import cache_features
 from coldtap.cli.compensate import compensate
 from coldtap.cli.convert import convert
 from coldtap.cli.diagnose import diagnose
+from coldtap.cli.errors import flags_by_parameter, flags_of, in_flags
 from coldtap.cli.evaluate import evaluate
 from coldtap.cli.export import export
 from coldtap.cli.export_backbone import export_backbone
@@ -27,13 +29,14 @@ from coldtap.cli.report import report
 from coldtap.cli.train import train_adaptor
 from coldtap.cli.verify import verify
 from coldtap.errors import ColdtapError, MachineError
+from coldtap.extras import require_extras_of
 from coldtap.stores.writing.stopping import STOPPED
 
 HELP = "Run a frozen vision backbone once, keep its features, train small adaptors from them alone."
 
 
 def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
-    """A command whose user's mistakes end in one line and an exit code, never in a traceback."""
+    """Let the user's mistakes in a command end in one line and an exit code, never in a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -55,6 +58,28 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
     return run
 
 
+def _named[**P](name: str, command: Callable[P, None]) -> Callable[P, None]:
+    """Let a command ask for its extras first, and its errors speak of its flags."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with flags_of(functools.partial(_flags_of, name)):
+            try:
+                require_extras_of(name)
+                command(*args, **kwargs)
+            except ColdtapError as error:
+                error.args = (in_flags(str(error)),)
+                raise
+
+    return run
+
+
+@functools.cache
+def _flags_of(name: str) -> dict[str, str]:
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined] # `app` is a group
+    return flags_by_parameter(commands[name], commands.values())
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -69,21 +94,25 @@ def _app(help_text: str | None = None) -> typer.Typer:
     )
 
 
+def _add(app: typer.Typer, name: str, command: Callable[..., None]) -> None:
+    app.command(name)(guarded(_named(name, command)))
+
+
 app = _app(HELP)
-app.command("cache-features")(guarded(cache_features))
-app.command("train-adaptor")(guarded(train_adaptor))
-app.command("quantize")(guarded(quantize))
-app.command("diagnose")(guarded(diagnose))
-app.command("benchmark")(guarded(benchmark))
-app.command("evaluate")(guarded(evaluate))
-app.command("predict")(guarded(predict))
-app.command("compensate")(guarded(compensate))
-app.command("convert")(guarded(convert))
-app.command("export")(guarded(export))
-app.command("export-backbone")(guarded(export_backbone))
-app.command("report")(guarded(report))
-app.command("inspect")(guarded(inspect))
-app.command("verify")(guarded(verify))
+_add(app, "cache-features", cache_features)
+_add(app, "train-adaptor", train_adaptor)
+_add(app, "quantize", quantize)
+_add(app, "diagnose", diagnose)
+_add(app, "benchmark", benchmark)
+_add(app, "evaluate", evaluate)
+_add(app, "predict", predict)
+_add(app, "compensate", compensate)
+_add(app, "convert", convert)
+_add(app, "export", export)
+_add(app, "export-backbone", export_backbone)
+_add(app, "report", report)
+_add(app, "inspect", inspect)
+_add(app, "verify", verify)
 
 
 def _print_version(asked: bool) -> None:
@@ -111,14 +140,14 @@ def main() -> None:
 def cache_features_main() -> None:
     """The `cache-features` script."""
     single = _app()
-    single.command("cache-features")(guarded(cache_features))
+    _add(single, "cache-features", cache_features)
     single()
 
 
 def train_adaptor_main() -> None:
     """The `train-adaptor` script."""
     single = _app()
-    single.command("train-adaptor")(guarded(train_adaptor))
+    _add(single, "train-adaptor", train_adaptor)
     single()
 
 

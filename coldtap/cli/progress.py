@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from coldtap.cli.epoch_lines import EpochLines
+from coldtap.cli.errors import in_flags
 from coldtap.stores.writing.forecast import Forecast
 from coldtap.text import show_bytes, show_seconds
 
@@ -42,7 +43,7 @@ class WorkProgress:
 
     def note(self, text: str) -> None:
         """Print a sentence."""
-        self._console.print(text, markup=False)
+        self._console.print(in_flags(text), markup=False)
 
     def start(self, total: int, show: Show, *, last_line: bool = True) -> None:
         """Start the bar.

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,9 +19,11 @@ def verify(
 ) -> None:
     """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
     from coldtap.cli.progress import WorkProgress
-    from coldtap.stores import open_store
-    from coldtap.stores.verify.verify import source_problems, verify_store
+    from coldtap.extras import require_extra
+    from coldtap.stores.verify.verify import verify_store
 
+    if source is not None:
+        require_extra("extract", for_="verify --source")
     with WorkProgress() as progress:
 
         def begin(n_bytes: int) -> None:
@@ -30,8 +32,9 @@ def verify(
         result = verify_store(store, begin=begin, advance=progress.advance)
     problems = list(result.problems)
     if source is not None and not problems:
-        opened = open_store(store)
-        problems += source_problems(opened, _digests_of(source, opened))
+        from coldtap.workflows.check_source import check_source
+
+        problems += check_source(source, store)
     if as_json:
         found = [{"where": problem.where, "what": problem.what} for problem in problems]
         about = {"store": str(store), "digest": result.digest, "files": result.n_files, "bytes": result.n_bytes}
@@ -48,21 +51,3 @@ def verify(
 
 def _progress(done: int, total: int, rate: float) -> str:
     return f"{show_bytes(done)} of {show_bytes(total)}  {show_bytes(rate)}/s"
-
-
-def _digests_of(source: Path, store: Any) -> Any:
-    from coldtap.pipeline.images.decode import BadImageError, content_digest
-    from coldtap.pipeline.images.sources import open_source
-
-    images = open_source(source, labels="optional", seed=store.recipe.rows.seed or 0)
-    places = {sample: index for index, sample in enumerate(images.listing.ids)}
-
-    def digest(sample: str) -> str | None:
-        if sample not in places:
-            return None
-        try:
-            return content_digest(images.read(places[sample]))
-        except BadImageError as error:
-            return str(error)
-
-    return digest

@@ -76,7 +76,7 @@ class Predictor:
         if backbone.extractor().digest != info.extractor_digest:
             fields = differing_fields(extractor, backbone.extractor().to_dict())
             raise ModelError(
-                f"{run} was trained on features of another extractor; give the --model, --checkpoint or --quantized it "
+                f"{run} was trained on features of another extractor; give the `model`, `checkpoint` or `quantized` it "
                 f"was made with. Fields that differ (trained on → given): {'; '.join(fields)}"
             )
         return cls(backbone=backbone, adaptor=adaptor.to(backbone.device), info=info)
@@ -143,19 +143,19 @@ def _require_artefact(run: Path, needed: Mapping[str, str] | None, quantised: Pa
         if needed is not None:
             raise ModelError(
                 f"{run} was trained on features of a quantised backbone ({_named(needed)}): give its file with "
-                "--quantized"
+                "`quantized`"
             )
         return
     found = read_artefact(quantised).identity()
     if needed is None:
         raise ModelError(
-            f"--quantized {quantised} is a quantised backbone ({_named(found)}), and {run} was trained on features of "
-            "a float one: leave --quantized out"
+            f"`quantized={str(quantised)!r}` is a quantised backbone ({_named(found)}), and {run} was trained on "
+            "features of a float one: leave `quantized` out"
         )
     if found != needed:
         raise ModelError(
-            f"--quantized {quantised} is another quantised backbone ({_named(found)}) than that whose features {run} "
-            f"was trained on ({_named(needed)}): give that one's file"
+            f"`quantized={str(quantised)!r}` is another quantised backbone ({_named(found)}) than that whose features "
+            f"{run} was trained on ({_named(needed)}): give that one's file"
         )
 
 

@@ -185,7 +185,7 @@ def test_a_chosen_tap_holds_the_numbers_of_that_tap(tmp_path):
         ),
         ({"tier": "int8", "snr": 30, "max_error": 0.1}, OptionError, "give --snr or --max-error, one of the two"),
         ({"tier": "int8", "snr": 80}, OptionError, "--snr 80 needs steps of"),
-        ({"precision": "half"}, OptionError, "--precision half: choose one of"),
+        ({"precision": "half"}, OptionError, "`precision='half'`: choose one of"),
         ({"split": ["dev"]}, OptionError, "--split dev: choose among train, val, test"),
         ({"split": ["test"]}, OptionError, "--split test: the source has no test images, only"),
         ({"views": -1}, OptionError, "--views -1: give 0 or more"),
@@ -193,7 +193,7 @@ def test_a_chosen_tap_holds_the_numbers_of_that_tap(tmp_path):
         ({"decode_threads": 0}, OptionError, "--decode-threads 0: give at least 1"),
         ({"max_rejected": 2}, OptionError, "--max-rejected 2: give a share from 0 to 1"),
         ({"on_bad_image": "skip"}, OptionError, "--on-bad-image skip: choose reject or fail"),
-        ({"device": "tpu"}, OptionError, "--device tpu: choose auto, cpu, cuda"),
+        ({"device": "tpu"}, OptionError, "`device='tpu'`: choose auto, cpu, cuda"),
     ],
 )
 def test_an_option_that_cannot_be_meant_is_refused_and_nothing_written(tmp_path, options, kind, message):
@@ -429,7 +429,7 @@ def test_a_block_without_any_usable_image_has_no_shard_and_ends_well(tmp_path):
 
 def test_more_bad_images_than_allowed_fail_the_run_with_examples(tmp_path):
     images = broken(in_memory(train=8, val=4), train=[1, 2])
-    with pytest.raises(TooManyRejectedError, match=r"2 of 12 samples cannot .* --max-rejected 0\.1 allows") as end:
+    with pytest.raises(TooManyRejectedError, match=r"2 of 12 samples cannot .* `max_rejected=0\.1` allows") as end:
         cache(images, tmp_path / "s", max_rejected=0.1)
     assert "item 1 of train: not an image" in str(end.value)
     assert not (tmp_path / "s" / MANIFEST).exists()
@@ -454,7 +454,7 @@ def test_nothing_of_a_failed_run_writes_on_after_its_end(tmp_path):
 
 def test_on_bad_image_fail_names_the_image_and_keeps_finished_blocks(tmp_path):
     images = in_memory(train=8, val=4)
-    with pytest.raises(SourceError, match=r"item 2 of val cannot be used: not an image.*--on-bad-image fail"):
+    with pytest.raises(SourceError, match=r"item 2 of val cannot be used: not an image.*`on_bad_image='fail'`"):
         cache(broken(images, val=[2]), tmp_path / "s", on_bad_image="fail")
     assert not (tmp_path / "s" / MANIFEST).exists()
     report = cache(broken(images, val=[2]), tmp_path / "s", max_rejected=0.5)

@@ -268,7 +268,7 @@ def test_what_is_cached_follows_from_the_adaptors(folder, tmp_path):
     assert linear["mean"]
     assert mist["failure"] == (
         f"mist needs sum; {store} was cached for other adaptors and holds pooled: delete it and its runs "
-        f"({tmp_path / 'runs/apples'}) and run the same command again, or choose another --out"
+        f"({tmp_path / 'runs/apples'}) and run the same command again, or choose another `out`"
     )
     shutil.rmtree(store)
     shutil.rmtree(tmp_path / "runs/apples")
@@ -361,7 +361,7 @@ def test_what_is_asked_wrongly_is_said_before_anything_is_done(folder, tmp_path)
         ({}, {"lr": ["fast"]}, "lr=fast: it must be a number"),
         ({}, {"mist.rank": ["2.5"]}, "rank=2.5: it must be a whole number"),
         ({}, {"mist.ranks": ["2"]}, "has no such setting"),
-        ({}, {"rank": ["2"]}, "--grid rank: for all adaptors it can vary lr"),
+        ({}, {"rank": ["2"]}, "`grid='rank'`: for all adaptors it can vary lr"),
         ({}, {"last.rank": ["2"]}, "last is not among the adaptors asked for: linear, mist"),
         ({}, {"lr": []}, "give at least one value"),
         ({}, {"lr": ["1e-3", "0.001"]}, "asked for twice"),
@@ -396,7 +396,7 @@ def test_each_adaptor_says_which_gathers_it_reads(adaptor, options, grid, gather
 
 def test_patience_of_all_is_refused_too(tmp_path):
     training = TrainingOptions(patience=2)
-    with pytest.raises(OptionError, match="leave patience out, or use --protocol val"):
+    with pytest.raises(OptionError, match="leave patience out, or use `protocol='val'`"):
         Benchmark(
             datasets={},
             contenders=make_contenders(["linear"], {}, {}, training),

@@ -164,7 +164,7 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
         how = _artefact_preprocess(artefact, quantised, module, preprocess)
     else:
         if options.kernel != "auto":
-            raise OptionError(f"--kernel {options.kernel} is of a quantised backbone: give one with --quantized")
+            raise OptionError(f"`kernel={options.kernel!r}` is of a quantised backbone: give one with `quantized`")
         asked = REFERENCE if options.model is None else options.model
         module = _float_module(asked, options.checkpoint, options.random_weights, preprocess)
         architecture, digest = _architecture(module, asked), weights_digest(module)
@@ -188,7 +188,7 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
         except Exception as error:  # whatever a model raises on an input that it was not made for
             raise ModelError(
                 f"{architecture} cannot give its taps for {how.height} × {how.width} pixels "
-                f"({type(error).__name__}: {error}): choose another --input-size or model"
+                f"({type(error).__name__}: {error}): choose another `input_size` or model"
             ) from error
     return Backbone(
         architecture=architecture,
@@ -207,9 +207,9 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
 
 def _refuse_beside_artefact(options: ExtractorOptions) -> None:
     if options.checkpoint is not None or options.random_weights:
-        raise OptionError("--quantized brings its weights: leave out --checkpoint and --random-weights")
+        raise OptionError("`quantized` brings its weights: leave out `checkpoint` and `random_weights`")
     if options.precision != "float32":
-        raise OptionError(f"--precision {options.precision}: what a quantised backbone keeps in float is float32")
+        raise OptionError(f"`precision={options.precision!r}`: what a quantised backbone keeps in float is float32")
     if options.tap_names is not None:
         raise OptionError("a quantised backbone has the taps of its family: leave out tap_names")
 
@@ -287,7 +287,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise OptionError(f"--device {name}: choose auto, cpu, cuda or cuda:N")
+        raise OptionError(f"`device={name!r}`: choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise MachineError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs; use --device cpu")
+        raise MachineError(f"`device={name!r}`: this machine has {torch.cuda.device_count()} GPUs; use `device='cpu'`")
     return torch.device(name)

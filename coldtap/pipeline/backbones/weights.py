@@ -37,13 +37,13 @@ def create_timm_model(
         OptionError: both a checkpoint and random weights.
     """
     if checkpoint is not None and random_weights:
-        raise OptionError("--checkpoint and --random-weights exclude each other: give one of them")
+        raise OptionError("`checkpoint` and `random_weights` exclude each other: give one of them")
     if name == REFERENCE and checkpoint is None and not random_weights:
         if input_size not in (None, (32, 32)):
             raise OptionError(f"{REFERENCE} takes images of 32 × 32 pixels; {input_size} was asked for")
         model: nn.Module = build_reference()
     elif name == REFERENCE:
-        raise OptionError(f"{REFERENCE} comes with its weights: leave out --checkpoint and --random-weights")
+        raise OptionError(f"{REFERENCE} comes with its weights: leave out `checkpoint` and `random_weights`")
     else:
         model = _create(name, pretrained=checkpoint is None and not random_weights, input_size=input_size)
     reset = getattr(model, "reset_classifier", None)
@@ -75,7 +75,7 @@ def _create(name: str, *, pretrained: bool, input_size: tuple[int, int] | None) 
             raise ModelError(f"timm cannot build {name}: {_first_line(error)}") from error
         raise ModelError(
             f"the pretrained weights of {name} cannot be had ({_first_line(error)}): check the network, or give "
-            "local weights with --checkpoint FILE"
+            "local weights with `checkpoint=FILE`"
         ) from error
     return model
 
@@ -87,7 +87,7 @@ def load_checkpoint(model: nn.Module, path: Path, name: str) -> None:
         ModelError: no such file, damaged, or of another architecture.
     """
     if not path.is_file():
-        raise ModelError(f"--checkpoint {path}: no such file")
+        raise ModelError(f"`checkpoint={str(path)!r}`: no such file")
     try:
         state = load_state_dict(str(path), weights_only=True)
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
@@ -95,17 +95,17 @@ def load_checkpoint(model: nn.Module, path: Path, name: str) -> None:
         result = model.load_state_dict(_without_classifier(state, model), strict=False)
     except RuntimeError as error:
         if "size mismatch" not in str(error):
-            raise ModelError(f"--checkpoint {path} cannot be read: {_first_line(error)}") from error
+            raise ModelError(f"`checkpoint={str(path)!r}` cannot be read: {_first_line(error)}") from error
         mismatch = str(error).splitlines()[1].strip()
-        raise ModelError(f"--checkpoint {path} is of another architecture than {name}: {mismatch}") from error
+        raise ModelError(f"`checkpoint={str(path)!r}` is of another architecture than {name}: {mismatch}") from error
     except Exception as error:  # unpickling and safetensors raise many kinds on damaged files
         raise ModelError(
-            f"--checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)}): give safetensors, "
-            "or a state dict saved by torch.save"
+            f"`checkpoint={str(path)!r}` cannot be read ({type(error).__name__}: {_first_line(error)}): give "
+            "safetensors, or a state dict saved by torch.save"
         ) from error
     if result.missing_keys or result.unexpected_keys:
         raise ModelError(
-            f"--checkpoint {path} is of another architecture than {name}: it lacks {_some(result.missing_keys)} "
+            f"`checkpoint={str(path)!r}` is of another architecture than {name}: it lacks {_some(result.missing_keys)} "
             f"and has {_some(result.unexpected_keys)} besides"
         )
 

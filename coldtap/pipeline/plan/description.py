@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
-import cloudpickle  # type: ignore[import-untyped]
-
 from coldtap.errors import OptionError
 from coldtap.pipeline.images.sources import Source, open_source
 from coldtap.pipeline.plan.options import EncodingOptions, ExtractorOptions, RowOptions
@@ -25,12 +23,14 @@ class JobDescription:
         Raises:
             OptionError: a source or a module from Python cannot be pickled.
         """
+        import cloudpickle  # type: ignore[import-untyped] # of the extra `cluster`
+
         try:
             return bytes(cloudpickle.dumps(self))
         except Exception as error:  # whatever the pickling of a caller's object raises
             raise OptionError(
-                f"--workers sends source and model to other processes, and one of them cannot be pickled "
-                f"({type(error).__name__}: {error}): mend that, or use --workers 1"
+                f"`workers` sends source and model to other processes, and one of them cannot be pickled "
+                f"({type(error).__name__}: {error}): mend that, or use `workers=1`"
             ) from error
 
     @classmethod
@@ -40,12 +40,14 @@ class JobDescription:
         Raises:
             OptionError: the source or the module cannot be made anew in this process.
         """
+        import cloudpickle
+
         try:
             description = cloudpickle.loads(pickled)
         except Exception as error:
             raise OptionError(
                 f"a worker process cannot make source or model anew ({type(error).__name__}: {error}): "
-                "define their classes in a module that can be imported, or use --workers 1"
+                "define their classes in a module that can be imported, or use `workers=1`"
             ) from error
         assert isinstance(description, cls)
         return description

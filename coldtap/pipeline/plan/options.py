@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from coldtap.errors import OptionError
+from coldtap.extras import require_extra
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Listing
 from coldtap.stores.format.codes import ErrorBound
@@ -51,7 +52,7 @@ class ExtractorOptions:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise OptionError(f"--precision {self.precision}: choose one of {', '.join(PRECISIONS)}")
+            raise OptionError(f"`precision={self.precision!r}`: choose one of {', '.join(PRECISIONS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +73,9 @@ class RowOptions:
 
     def __post_init__(self) -> None:
         if self.views < 0:
-            raise OptionError(f"--views {self.views}: give 0 or more augmented views of each training image")
+            raise OptionError(f"`views={self.views}`: give 0 or more augmented views of each training image")
         if unknown := sorted(set(self.split or ()) - set(SPLITS)):
-            raise OptionError(f"--split {unknown[0]}: choose among {', '.join(SPLITS)}")
+            raise OptionError(f"`split={unknown[0]!r}`: choose among {', '.join(SPLITS)}")
 
     def plan(self, listing: Listing, splits: Sequence[str], block_rows: int) -> RowPlan:
         """Number the rows, given the split of each sample of a listing.
@@ -161,12 +162,14 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
-            raise OptionError(f"--batch-size {self.batch_size}: give at least 1 image")
+            raise OptionError(f"`batch_size={self.batch_size}`: give at least 1 image")
         if self.decode_threads is not None and self.decode_threads < 1:
-            raise OptionError(f"--decode-threads {self.decode_threads}: give at least 1")
+            raise OptionError(f"`decode_threads={self.decode_threads}`: give at least 1")
         if self.workers < 1:
-            raise OptionError(f"--workers {self.workers}: give at least 1 process")
+            raise OptionError(f"`workers={self.workers}`: give at least 1 process")
+        if self.workers > 1:
+            require_extra("cluster", for_=f"`workers={self.workers}`")
         if not 0 <= self.max_rejected <= 1:
-            raise OptionError(f"--max-rejected {self.max_rejected}: give a share from 0 to 1")
+            raise OptionError(f"`max_rejected={self.max_rejected}`: give a share from 0 to 1")
         if self.on_bad_image not in ("reject", "fail"):
-            raise OptionError(f"--on-bad-image {self.on_bad_image}: choose reject or fail")
+            raise OptionError(f"`on_bad_image={self.on_bad_image!r}`: choose reject or fail")

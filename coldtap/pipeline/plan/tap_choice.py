@@ -23,17 +23,17 @@ def choose_gathers(
         ModelError: a tap that the backbone does not have.
     """
     if gathers is not None and (unknown := [name for name in gathers if name not in GATHERS]):
-        raise OptionError(f"--gather {unknown[0]}: choose among {', '.join(GATHERS)}")
+        raise OptionError(f"`gather={unknown[0]!r}`: choose among {', '.join(GATHERS)}")
     asked = [name for name in GATHERS if gathers is None or name in gathers]
     if "sum" in asked and not one_stream:
         if gathers is not None:
             raise OptionError(
-                "--gather sum needs taps of one geometry, z0 … zN, and this backbone is a stage network: "
-                "use --gather layers or pooled"
+                "`gather='sum'` needs taps of one geometry, z0 … zN, and this backbone is a stage network: "
+                "use `gather='layers'` or pooled"
             )
         asked.remove("sum")
-    chosen = parse_taps(taps, depth, option="--taps")
-    sums = (depth,) if sum_at is None else parse_taps(sum_at, depth, option="--sum-at")
+    chosen = parse_taps(taps, depth, option="taps")
+    sums = (depth,) if sum_at is None else parse_taps(sum_at, depth, option="sum_at")
     return {name: sums if GATHERS[name].takes_sums else chosen for name in asked}
 
 
@@ -55,7 +55,7 @@ def parse_taps(text: str, depth: int, *, option: str) -> tuple[int, ...]:
         else:
             taps = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise OptionError(f"{option} {text}: expected all, last:K, or tap indices such as 0,3,6") from None
+        raise OptionError(f"`{option}={text!r}`: expected all, last:K, or tap indices such as 0,3,6") from None
     if unknown := [tap for tap in taps if not 0 <= tap <= depth]:
-        raise ModelError(f"{option} {text}: the backbone has taps 0 to {depth}; there is no tap {unknown[0]}")
+        raise ModelError(f"`{option}={text!r}`: the backbone has taps 0 to {depth}; there is no tap {unknown[0]}")
     return tuple(taps)

@@ -187,18 +187,18 @@ def _check(
     compensate: str, ranges: str, target: str, ridge: float | None, sites: Sequence[str] | None, seed: int
 ) -> None:
     for option, value, known in (
-        ("--compensate", compensate, COMPENSATIONS),
-        ("--ranges", ranges, RANGE_METHODS),
-        ("--target", target, TARGETS),
+        ("compensate", compensate, COMPENSATIONS),
+        ("ranges", ranges, RANGE_METHODS),
+        ("target", target, TARGETS),
     ):
         if value not in known:
-            raise OptionError(f"{option} {value}: choose one of {', '.join(known)}")
+            raise OptionError(f"`{option}={value!r}`: choose one of {', '.join(known)}")
     if ridge is not None and not 0 <= ridge < math.inf:
-        raise OptionError(f"--ridge {ridge}: give a finite number, 0 or more")
+        raise OptionError(f"`{ridge=}`: give a finite number, 0 or more")
     if sites is not None and compensate != "cwac":
-        raise OptionError(f"--site is of --compensate cwac; {compensate} was asked for")
+        raise OptionError(f"`sites` is of `compensate='cwac'`; {compensate} was asked for")
     if seed < 0:
-        raise OptionError(f"--seed {seed}: give 0 or more")
+        raise OptionError(f"`{seed=}`: give 0 or more")
 
 
 def _require_place(path: Path) -> None:
@@ -213,7 +213,7 @@ def _require_place(path: Path) -> None:
         try:
             read_artefact(path)
         except ModelError as error:
-            raise OptionError(f"--out would replace another file ({error}): give another path, or remove it") from None
+            raise OptionError(f"`out` would replace another file ({error}): give another path, or remove it") from None
 
 
 def _compensate(

@@ -124,8 +124,8 @@ def _line_of(future: "Future[JournalLine]", block: int) -> JournalLine:
     except KilledWorker:
         raise MachineError(
             f"worker processes died {DEATHS_OF_A_BLOCK} times while they had block {block}: most often the system "
-            "ended them because memory ran out (`dmesg` tells); run the same command with fewer --workers or a smaller "
-            "--batch-size, finished blocks are kept"
+            "ended them because memory ran out (`dmesg` tells); run the same command with fewer `workers` or a smaller "
+            "`batch_size`, finished blocks are kept"
         ) from None
     return line
 

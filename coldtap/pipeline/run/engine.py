@@ -125,6 +125,6 @@ class Engine:
         if n_threads * n_workers > own > 1:
             run.reporter.note(
                 f"each of {n_workers} workers runs {n_threads} torch threads on cores for {own}: with fewer the "
-                "features would differ in their last bits; fewer --workers may be as fast"
+                "features would differ in their last bits; fewer `workers` may be as fast"
             )
         return n_threads

@@ -15,8 +15,8 @@ def require_same_environment(before: dict[str, Any], now: dict[str, Any], *, all
     """
     changed = [f"{key}: {before.get(key)} → {now.get(key)}" for key in COMPARED if before.get(key) != now.get(key)]
     if changed and not allow_mixed:
-        same = " with the same --kernel" if "kernel" in before else ""
+        same = " with the same `kernel`" if "kernel" in before else ""
         raise StoreError(
             f"the store was begun elsewhere ({'; '.join(changed)}), and features would differ in their last bits: "
-            f"go on there{same}, or accept a mix with --allow-mixed (each block records where it was made)"
+            f"go on there{same}, or accept a mix with `allow_mixed` (each block records where it was made)"
         )

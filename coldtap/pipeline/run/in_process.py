@@ -85,7 +85,7 @@ class BlockRunner:
             plan = self.writer.plan
             where = self.decoder.source.where(plan.block(block)[error.row % plan.block_rows].sample)
             raise SourceError(
-                f"{where} cannot be used: {error} (--on-bad-image fail); finished blocks are kept"
+                f"{where} cannot be used: {error} (`on_bad_image='fail'`); finished blocks are kept"
             ) from None
 
     def _take_buffers(self) -> BlockBuffers:

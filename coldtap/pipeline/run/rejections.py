@@ -29,11 +29,11 @@ class Rejections:
         if len(self._reasons) > self._share * self._plan.n_samples:
             examples = [f"{self._source.where(s)}: {reason}" for s, reason in list(self._reasons.items())[:3]]
             raise TooManyRejectedError(
-                f"{len(self._reasons)} of {self._plan.n_samples} samples cannot be used, more than --max-rejected "
-                f"{self._share:g} allows: {'; '.join(examples)}. Mend or remove those images (and choose a new "
-                f"store path), or allow more{self._advice()}"
+                f"{len(self._reasons)} of {self._plan.n_samples} samples cannot be used, more than "
+                f"`max_rejected={self._share:g}` allows: {'; '.join(examples)}. Mend or remove those images (and "
+                f"choose a new store path), or allow more{self._advice()}"
             )
 
     def _advice(self) -> str:
         overflows = any("overflows" in reason for reason in self._reasons.values())
-        return "; --tier bfloat16 or float32 keeps values of any size" if overflows else ""
+        return "; `tier='bfloat16'` or float32 keeps values of any size" if overflows else ""

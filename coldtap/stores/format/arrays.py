@@ -119,8 +119,8 @@ def plan_arrays(
     """
     if layout not in TIERS[tier].layouts:
         raise OptionError(
-            f"--layout {layout} with --tier {tier}: lossless compression buys 7 to 16 % of float features; "
-            "give --tier int8, or --layout fast"
+            f"`{layout=}` with `{tier=}`: lossless compression buys 7 to 16 % of float features; "
+            "give `tier='int8'`, or `layout='fast'`"
         )
 
     def specs(block_rows: int) -> tuple[ArraySpec, ...]:

@@ -52,22 +52,22 @@ class ErrorBound:
 
     def __post_init__(self) -> None:
         if (self.snr_db is None) == (self.max_error is None):
-            raise OptionError("give --snr or --max-error, one of the two")
-        for option, field in (("--snr", "snr_db"), ("--max-error", "max_error")):
+            raise OptionError("give `snr` or `max_error`, one of the two")
+        for option, field in (("snr", "snr_db"), ("max_error", "max_error")):
             if (given := getattr(self, field)) is not None:
                 # One number, one recipe: 30, 30.0 and numpy's 30 are the same bound.
                 object.__setattr__(self, field, _number(option, given))
         step = self.step_of_deviation
-        name = f"--snr {self.snr_db:g}" if self.snr_db is not None else f"--max-error {self.max_error:g}"
+        name = f"`snr={self.snr_db:g}`" if self.snr_db is not None else f"`max_error={self.max_error:g}`"
         if not step >= FINEST_STEP:
             raise OptionError(
                 f"{name} needs steps of {step:.3g} standard deviations, and int8 reaches ±127 of them: give at most "
-                f"--snr {_snr_of(FINEST_STEP):.1f} or at least --max-error {FINEST_STEP / 2:.3f}, or --tier float16"
+                f"`snr={_snr_of(FINEST_STEP):.1f}` or at least `max_error={FINEST_STEP / 2:.3f}`, or `tier='float16'`"
             )
         if step > COARSEST_STEP:
             raise OptionError(
                 f"{name} allows steps of {step:.3g} standard deviations, which keep nothing of the features: "
-                f"give at least --snr {_snr_of(COARSEST_STEP):.1f} or at most --max-error {COARSEST_STEP / 2:g}"
+                f"give at least `snr={_snr_of(COARSEST_STEP):.1f}` or at most `max_error={COARSEST_STEP / 2:g}`"
             )
 
     @property
@@ -97,9 +97,9 @@ def _number(option: str, given: object) -> float:
     try:
         value = float(given)  # type: ignore[arg-type] # whatever it is
     except (TypeError, ValueError):
-        raise OptionError(f"{option} {given!r}: give a number") from None
+        raise OptionError(f"`{option}={given!r}`: give a number") from None
     if value != value or abs(value) == float("inf"):
-        raise OptionError(f"{option} {given}: give a finite number")
+        raise OptionError(f"`{option}={given}`: give a finite number")
     return value
 
 

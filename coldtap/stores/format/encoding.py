@@ -26,12 +26,12 @@ class Encoding:
             OptionError: an unknown tier or layout, or a bound for a tier that has none.
         """
         if tier not in TIERS:
-            raise OptionError(f"--tier {tier}: choose one of {', '.join(TIERS)}")
+            raise OptionError(f"`{tier=}`: choose one of {', '.join(TIERS)}")
         kept_as = TIERS[tier]
         if bound is not None and not kept_as.is_coded:
-            raise OptionError(f"--snr and --max-error bound the errors of --tier int8; --tier {tier} was asked for")
+            raise OptionError(f"`snr` and `max_error` bound the errors of `tier='int8'`; `{tier=}` was asked for")
         if layout is not None and layout not in LAYOUTS:
-            raise OptionError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
+            raise OptionError(f"`{layout=}`: choose one of {', '.join(LAYOUTS)}")
         return cls(tier=tier, layout=layout or kept_as.layouts[0], bound=kept_as.choose_bound(bound))
 
     def to_recipe(self, gathers: Mapping[str, Sequence[int]], specs: Sequence[ArraySpec]) -> EncodingPart:

@@ -93,8 +93,8 @@ class _Sum(Gather):
         """
         if (n_geometries := len(set(geometries.values()))) > 1:
             raise OptionError(
-                f"--gather sum needs taps of one geometry; this backbone has {n_geometries} "
-                "(a stage network): use --gather layers or pooled"
+                f"`gather='sum'` needs taps of one geometry; this backbone has {n_geometries} "
+                "(a stage network): use `gather='layers'` or pooled"
             )
         return [(geometries[k], (k,)) for k in taps]
 

@@ -98,7 +98,7 @@ class RowPlan:
                 members[split].append(sample)
         for split, samples in members.items():
             if not samples:
-                raise OptionError(f"--split {split}: the source has no {split} images, only {sorted(set(splits))}")
+                raise OptionError(f"`{split=}`: the source has no {split} images, only {sorted(set(splits))}")
             samples.sort(key=lambda sample: sha256(f"{seed}\n{ids[sample]}".encode()))
         return cls(
             order={split: tuple(samples) for split, samples in members.items()},

@@ -19,10 +19,12 @@ def require_place(path: Path, example: str) -> None:
     """
     with machine_errors(path):
         if path.is_dir():
-            raise OptionError(f"--out {path} is a folder: give the path of a file, such as {path / example}")
+            raise OptionError(f"`out={str(path)!r}` is a folder: give the path of a file, such as {path / example}")
         nearest = next(parent for parent in path.parents if parent.exists())
         if not nearest.is_dir():
-            raise OptionError(f"--out {path}: {nearest} is a file, and no folder can be there: choose another path")
+            raise OptionError(
+                f"`out={str(path)!r}`: {nearest} is a file, and no folder can be there: choose another path"
+            )
         # Each name of its own: a system that finds no folder for a name does not look how long the name is.
         for name in temporary_of(path).relative_to(nearest).parts:
             (nearest / name).exists()

@@ -72,7 +72,7 @@ class ArrayBuffer:
             raise StoreError(
                 f"{self.spec.name}: more than {LARGEST_SHARE:.0%} of a block's values are beyond the reach of int8 "
                 f"codes, such as those of channel {channel} at tap {self.spec.taps[tap]}: the first rows, which set "
-                "the scales, do not stand for the rest; give a lower --snr, or --tier float16"
+                "the scales, do not stand for the rest; give a lower `snr`, or `tier='float16'`"
             )
 
     def take_escapes(self, block: int, present: Mask) -> Escapes:

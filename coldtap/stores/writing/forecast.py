@@ -66,7 +66,7 @@ def require_space(store: Path, forecast: Forecast) -> None:
     if forecast.n_bytes > forecast.free_bytes:
         raise MachineError(
             f"{store} needs {forecast.n_bytes / 1e6:,.3f} MB and {forecast.free_bytes / 1e6:,.3f} MB are free there: "
-            "free some space, choose another path, or keep less (--taps, --gather, --tier)"
+            "free some space, choose another path, or keep less (`taps`, `gather`, `tier`)"
         )
 
 

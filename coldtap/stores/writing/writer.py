@@ -179,7 +179,7 @@ class StoreWriter:
         )
 
     def _forget_escapes(self, spec: ArraySpec, block: int) -> None:
-        """A longer list may lie there from a block that died, made elsewhere (`--allow-mixed`)."""
+        """A longer list may lie there from a block that died, made elsewhere (`allow_mixed`)."""
         for part in ("position", "value"):
             rmtree(self.store / FEATURES / f"escapes/{spec.name}/{part}/c/{block}", ignore_errors=True)
 

@@ -34,7 +34,7 @@ class Rules:
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
-            raise OptionError(f"--protocol {self.protocol}: it must be one of {', '.join(PROTOCOLS)}")
+            raise OptionError(f"`protocol={self.protocol!r}`: it must be one of {', '.join(PROTOCOLS)}")
         require_at_least(1, seeds=self.seeds)
         choose_device(self.device)
 
@@ -101,7 +101,7 @@ def _advised(task: CellTask, error: MissingFeaturesError) -> MissingFeaturesErro
     return MissingFeaturesError(
         f"{task.adaptor} needs {', '.join(lacking)}; {store.path} was cached for other adaptors and holds "
         f"{describe_gathers(store)}: delete it and its runs ({task.out.parent}) and run the same command again, or "
-        "choose another --out"
+        "choose another `out`"
     )
 
 

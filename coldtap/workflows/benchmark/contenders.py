@@ -10,7 +10,7 @@ from coldtap.adaptors.training.plan import TrainingOptions
 from coldtap.errors import OptionError
 from coldtap.stores.format.gathers import GatherName
 
-RATE_FACTORS = (0.25, 1.0, 4.0)  # of the adaptor's own learning rate, where --grid names none
+RATE_FACTORS = (0.25, 1.0, 4.0)  # of the adaptor's own learning rate, where the grid names none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +61,20 @@ def make_contenders(
         OptionError: An adaptor is unknown or named twice, or a setting is unknown or has a value of the wrong type.
     """
     if not adaptors:
-        raise OptionError(f"--adaptors names none; known are {', '.join(ADAPTORS)}")
+        raise OptionError(f"`adaptors` names none; known are {', '.join(ADAPTORS)}")
     if twice := [name for name in adaptors if adaptors.count(name) > 1]:
-        raise OptionError(f"--adaptors names {twice[0]} twice")
+        raise OptionError(f"`adaptors` names {twice[0]} twice")
     for name in adaptors:
         adaptor_kind(name)
-    for_all, of_grid = _by_adaptor(grid, adaptors, flag="--grid")
-    rest, of_options = _by_adaptor(options, adaptors, flag="--set")
+    for_all, of_grid = _by_adaptor(grid, adaptors, parameter="grid")
+    rest, of_options = _by_adaptor(options, adaptors, parameter="options")
     if rest:
-        raise OptionError(f"--set {next(iter(rest))}: say whose option it is, as in {adaptors[0]}.{next(iter(rest))}=…")
+        raise OptionError(
+            f"`options={next(iter(rest))!r}`: say whose option it is, as in {adaptors[0]}.{next(iter(rest))}=…"
+        )
     if unknown := [name for name in for_all if name not in TRAINING_KEYS]:
         raise OptionError(
-            f"--grid {unknown[0]}: for all adaptors it can vary {', '.join(TRAINING_KEYS)}; an option of one adaptor "
+            f"`grid={unknown[0]!r}`: for all adaptors it can vary {', '.join(TRAINING_KEYS)}; an option of one adaptor "
             f"is named with it, as in {adaptors[0]}.{unknown[0]}=…"
         )
     found = []
@@ -89,7 +91,7 @@ def make_contenders(
 
 
 def _by_adaptor[ValueT](
-    settings: Mapping[str, ValueT], adaptors: Sequence[str], *, flag: str
+    settings: Mapping[str, ValueT], adaptors: Sequence[str], *, parameter: str
 ) -> tuple[dict[str, ValueT], dict[str, dict[str, ValueT]]]:
     """Settings without an adaptor's name, and those of each adaptor."""
     for_all: dict[str, ValueT] = {}
@@ -101,5 +103,7 @@ def _by_adaptor[ValueT](
         elif adaptor in own:
             own[adaptor][name] = value
         else:
-            raise OptionError(f"{flag} {key}: {adaptor} is not among the adaptors asked for: {', '.join(adaptors)}")
+            raise OptionError(
+                f"`{parameter}={key!r}`: {adaptor} is not among the adaptors asked for: {', '.join(adaptors)}"
+            )
     return for_all, own

@@ -45,7 +45,7 @@ def in_processes[TaskT, ResultT](
     except BrokenProcessPool as error:
         raise MachineError(
             "a worker process has died, perhaps for want of memory; what was finished is kept: run the same command "
-            "again, with fewer --jobs"
+            "again, with fewer `jobs`"
         ) from error
     except BaseException:
         stopped.set()

@@ -42,7 +42,7 @@ def settled_rules(benchmark: "Benchmark") -> bytes:
     if held is not None:
         if different := list(_differences("", held, asked)):
             raise RunError(
-                f"{benchmark.out} holds a benchmark of other rules: {'; '.join(different)}. Choose another --out"
+                f"{benchmark.out} holds a benchmark of other rules: {'; '.join(different)}. Choose another `out`"
             )
         asked[ADAPTORS] = {**held[ADAPTORS], **asked[ADAPTORS]}
         asked["datasets"] = sorted({*held["datasets"], *asked["datasets"]})
@@ -90,7 +90,7 @@ def _sha256(checkpoint: Path) -> str:
         with checkpoint.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ModelError(f"--checkpoint {checkpoint}: cannot be read: {error.strerror}") from error
+        raise ModelError(f"`checkpoint={str(checkpoint)!r}`: cannot be read: {error.strerror}") from error
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise RunError(f"{path} cannot be read ({error}): choose another --out, or delete the folder") from error
+        raise RunError(f"{path} cannot be read ({error}): choose another `out`, or delete the folder") from error
 
 
 def _differences(path: str, held: Any, asked: Any) -> Iterator[str]:

@@ -67,8 +67,8 @@ class Benchmark:
         patient = self.rules.training.patience is not None or any("patience" in trial for trial in trials)
         if self.rules.protocol == "vtab" and patient:
             raise OptionError(
-                "--protocol vtab keeps the last epoch, since its refit has no val to stop by: leave patience out, or "
-                "use --protocol val"
+                "`protocol='vtab'` keeps the last epoch, since its refit has no val to stop by: leave patience out, or "
+                "use `protocol='val'`"
             )
 
     def store(self, dataset: str) -> Path:

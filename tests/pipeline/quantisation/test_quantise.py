@@ -481,7 +481,7 @@ def test_a_store_does_not_go_on_with_another_kernel(tmp_path, artefact):
     begun = tmp_path / "s"
     cache_features(source, begun, kernel="float", **options)
     (begun / "manifest").unlink()
-    with pytest.raises(StoreError, match=r"kernel: float → onednn.* go on there with the same --kernel"):
+    with pytest.raises(StoreError, match=r"kernel: float → onednn.* go on there with the same `kernel`"):
         cache_features(source, begun, kernel="onednn", **options)
     # What a clock would choose today does not matter.
     assert cache_features(source, begun, kernel="auto", **options).status == "written"
@@ -674,7 +674,9 @@ def test_preprocessing_of_the_calibration_may_be_said_again(artefact, size):
 
 def test_an_artefact_of_another_backbone_is_refused(tmp_path, artefact):
     path, _source = artefact
-    with pytest.raises(ModelError, match="is of coldtap/vit-reference, and --model vit_tiny_patch16_224 was asked for"):
+    with pytest.raises(
+        ModelError, match="is of coldtap/vit-reference, and `model='vit_tiny_patch16_224'` was asked for"
+    ):
         load_backbone("vit_tiny_patch16_224", quantised=path)
     with pytest.raises(ModelError, match=r"is of a backbone with weights .* and the module that was given has"):
         load_backbone(vit(), quantised=path)
@@ -689,10 +691,10 @@ def test_an_artefact_of_another_backbone_is_refused(tmp_path, artefact):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"random_weights": True}, "--quantized brings its weights: leave out --checkpoint and --random-weights"),
-        ({"precision": "bfloat16"}, "--precision bfloat16: what a quantised backbone keeps in float is float32"),
+        ({"random_weights": True}, "`quantized` brings its weights: leave out `checkpoint` and `random_weights`"),
+        ({"precision": "bfloat16"}, "`precision='bfloat16'`: what a quantised backbone keeps in float is float32"),
         ({"taps": ["blocks.0"]}, "a quantised backbone has the taps of its family: leave out tap_names"),
-        ({"kernel": "vnni"}, "--kernel vnni: choose one of auto, int, float"),
+        ({"kernel": "vnni"}, "`kernel='vnni'`: choose one of auto, int, float"),
     ],
 )
 def test_options_that_do_not_go_with_an_artefact_are_refused(artefact, options, said):

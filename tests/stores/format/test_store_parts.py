@@ -273,7 +273,7 @@ def test_every_error_pickles_and_has_its_exit_code():
     from coldtap import errors
 
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ColdtapError)]
-    assert len(kinds) == 14
+    assert len(kinds) == 15
     for kind in kinds:
         again = pickle.loads(pickle.dumps(kind("what was asked")))
         assert (type(again), str(again), again.exit_code) == (kind, "what was asked", kind.exit_code)

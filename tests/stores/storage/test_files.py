@@ -55,9 +55,9 @@ def test_a_path_that_no_file_can_have_is_one_clear_error(tmp_path, name, reason)
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("folder", OptionError, r"--out .*folder is a folder: give the path of a file, such as .*folder/example.bin"),
-        ("file/new", OptionError, r"--out .*file/new: .*file is a file, and no folder can be there"),
-        ("file/deep/new", OptionError, r"--out .*file/deep/new: .*file is a file, and no folder can be there"),
+        ("folder", OptionError, r"`out='.*folder'` is a folder: give the path of a file, such as .*folder/example.bin"),
+        ("file/new", OptionError, r"`out='.*file/new'`: .*file is a file, and no folder can be there"),
+        ("file/deep/new", OptionError, r"`out='.*file/deep/new'`: .*file is a file, and no folder can be there"),
         (250 * "n", MachineError, "a name in this path is too long"),
         (300 * "n", MachineError, "a name in this path is too long"),
         (f"missing/{250 * 'n'}", MachineError, "a name in this path is too long"),

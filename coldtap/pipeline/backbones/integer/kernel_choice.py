@@ -49,14 +49,16 @@ def choose_kernel(option: str, device: torch.device, *, convolutions: bool = Fal
         return KernelChoice(kernel=FloatKernel(), why="as asked: floats are restored and multiplied")
     if option in named:
         if (wrong := _flaw(option, device)) is not None:
-            raise MachineError(f"--kernel {option}: {wrong} on this machine; use --kernel auto")
+            raise MachineError(f"`kernel={option!r}`: {wrong} on this machine; use `kernel='auto'`")
         return KernelChoice(kernel=named[option], why="as asked")
     if option not in KERNEL_OPTIONS:
-        raise OptionError(f"--kernel {option}: choose one of {', '.join(KERNEL_OPTIONS)}")
+        raise OptionError(f"`kernel={option!r}`: choose one of {', '.join(KERNEL_OPTIONS)}")
     first, flaws = _first_exact(device)
     if first is None:
         if option == "int":
-            raise MachineError(f"--kernel int: no integer kernel computes exactly here ({flaws}); use --kernel float")
+            raise MachineError(
+                f"`kernel='int'`: no integer kernel computes exactly here ({flaws}); use `kernel='float'`"
+            )
         return KernelChoice(kernel=FloatKernel(), why=f"no integer kernel computes exactly here ({flaws})")
     why = f"{first} computes exactly" + (f" ({flaws})" if flaws else "")
     if option == "int":

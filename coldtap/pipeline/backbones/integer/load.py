@@ -36,8 +36,7 @@ def build_quantised(artefact: Artefact, path: Path, model: str | nn.Module | Non
     else:
         if model not in (None, about.model, about.architecture):
             raise ModelError(
-                f"{path} is of {about.model}, and --model {model} was asked for: leave --model out, or "
-                "quantise that one"
+                f"{path} is of {about.model}, and `{model=}` was asked for: leave `model` out, or quantise that one"
             )
         size = (artefact.preprocess.height, artefact.preprocess.width)
         module = create_timm_model(about.model, random_weights=about.model != REFERENCE, input_size=size)

@@ -87,7 +87,7 @@ class SchemeByLayer:
         for pattern, _ in self.overrides:
             if not any(fnmatchcase(layer, pattern) for layer in layers):
                 raise OptionError(
-                    f"--override {pattern}=…: no layer has that name; layers are {', '.join(layers[:5])} …"
+                    f"`overrides={f'{pattern}=…'!r}`: no layer has that name; layers are {', '.join(layers[:5])} …"
                 )
 
 
@@ -100,6 +100,6 @@ def parse_override(text: str) -> tuple[str, Scheme | Literal["float"]]:
     pattern, equals, name = text.partition("=")
     if not equals or not pattern:
         raise OptionError(
-            f"--override {text}: expected PATTERN=SCHEME, such as 'blocks.0.*=w8a8' or 'patch_embed.*=float'"
+            f"`overrides={text!r}`: expected PATTERN=SCHEME, such as 'blocks.0.*=w8a8' or 'patch_embed.*=float'"
         )
     return pattern, "float" if name == "float" else Scheme.parse(name)

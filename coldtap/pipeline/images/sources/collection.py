@@ -41,14 +41,14 @@ def find_datasets(folder: Path, only: Collection[str] = ()) -> dict[str, Path]:
     if files and datasets:
         raise SourceError(
             f"{folder} holds both Parquet files ({a_few(list(files))}) and folders that are datasets "
-            f"({a_few(list(datasets))}); keep one kind, or pick some with --sets"
+            f"({a_few(list(datasets))}); keep one kind, or pick some with `sets`"
         )
     if not files and not datasets:
         raise SourceError(f"{folder}: found no dataset; wanted {WANTED}")
     if datasets and (others := [name for name in folders if name not in datasets]):
         raise SourceError(
             f"{folder}: {a_few(others)} beside {a_few(list(datasets))}: neither the list files of VTAB-1K, nor class "
-            "folders, nor Parquet files are in there; move it away, or pick the others with --sets"
+            "folders, nor Parquet files are in there; move it away, or pick the others with `sets`"
         )
     return dict(sorted((files or datasets).items()))
 

@@ -154,23 +154,25 @@ def diagnose(
 
 
 def _check(ranges: str, target: str, seeds: int, images: int | None) -> None:
-    for option, value, known in (("--ranges", ranges, RANGE_METHODS), ("--target", target, TARGETS)):
+    for option, value, known in (("ranges", ranges, RANGE_METHODS), ("target", target, TARGETS)):
         if value not in known:
-            raise OptionError(f"{option} {value}: choose one of {', '.join(known)}")
+            raise OptionError(f"`{option}={value!r}`: choose one of {', '.join(known)}")
     if seeds < 1:
-        raise OptionError(f"--seeds {seeds}: give 1 or more")
+        raise OptionError(f"`{seeds=}`: give 1 or more")
     if images is not None and images < FEWEST_IMAGES:
-        raise OptionError(f"--images {images}: give at least {FEWEST_IMAGES} calibration images")
+        raise OptionError(f"`{images=}`: give at least {FEWEST_IMAGES} calibration images")
 
 
 def _refuse_other_content(folder: Path) -> None:
     if os.path.isfile(folder):  # unlike Path's, no error where a name is too long: what follows says that better
-        raise RunError(f"--out {folder} is a file: give a folder")
+        raise RunError(f"`out={str(folder)!r}` is a file: give a folder")
     require_place(folder / JSON, JSON)
     own = {*FILES, *(name + TEMPORARY_SUFFIX for name in FILES)}  # a killed run leaves these, and writing ends them
     other = sorted({path.name for path in folder.iterdir()} - own) if folder.exists() else []
     if other:
-        raise RunError(f"--out {folder} holds {', '.join(other[:3])}, which is of no diagnosis: choose another folder")
+        raise RunError(
+            f"`out={str(folder)!r}` holds {', '.join(other[:3])}, which is of no diagnosis: choose another folder"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

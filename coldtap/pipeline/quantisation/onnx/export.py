@@ -6,7 +6,6 @@ extractor and its digest, which an exported adaptor names too.
 """
 
 import importlib
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from coldtap.errors import MachineError, ModelError, OptionError
+from coldtap.errors import ModelError, OptionError
+from coldtap.extras import require_extra
 from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.artefact import About, Artefact, read_artefact
@@ -85,11 +85,12 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
     Raises:
         ModelError: it is no artefact, or of another model; a layer has other widths; the model cannot be exported.
         OptionError: `out` is a folder, lies in a file, or holds something else.
-        MachineError: a package of `coldtap[onnx]` is not installed, or the disk is full, read-only or refuses.
+        MissingExtraError: a package of `coldtap[onnx]` is not installed.
+        MachineError: the disk is full, read-only or refuses.
     """
     source, path = Path(artefact), Path(out)
     require_place(path, "backbone.onnx")
-    _require_packages()
+    require_extra("onnx", for_="export-backbone")
     read = read_artefact(source)
     _require_eight_bits(read, source)
     backbone = load_backbone(model, quantised=source, kernel="float", device="cpu")
@@ -101,7 +102,7 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
     if not was_there:
         write_file(path, [data])
     elif path.read_bytes() != data:
-        raise OptionError(f"{path} is there already and holds something else: choose another --out, or delete it")
+        raise OptionError(f"{path} is there already and holds something else: choose another `out`, or delete it")
     return BackboneExport(
         path=path,
         n_bytes=len(data),
@@ -249,14 +250,8 @@ def _require_eight_bits(artefact: Artefact, path: Path) -> None:
         more = f", as have {len(others) - 1} other layers" if len(others) > 1 else ""
         raise ModelError(
             f"{path} cannot be exported: {name} has {scheme}{more}, and ONNX multiplies integers of 8 bits alone: "
-            f"quantise with --scheme {SCHEME}, and --override with {SCHEME} or float alone"
+            f"quantise with `scheme={SCHEME!r}`, and `overrides` with {SCHEME} or float alone"
         )
-
-
-def _require_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MachineError(f"export-backbone needs {' and '.join(missing)}: pip install 'coldtap[onnx]'")
 
 
 def _add_zero_points(graph: Any) -> None:

@@ -61,7 +61,7 @@ def read_calibration_images(
         SourceError: the source has too few images that can be read.
     """
     if n_images is not None and n_images < FEWEST_IMAGES:
-        raise OptionError(f"--images {n_images}: give at least {FEWEST_IMAGES} calibration images")
+        raise OptionError(f"`images={n_images}`: give at least {FEWEST_IMAGES} calibration images")
     opened: Source = source if hasattr(source, "listing") else open_source(source, labels="optional", seed=seed)
     splits = opened.listing.splits
     candidates = [i for i, split in enumerate(splits) if split == "train"] or list(range(len(splits)))
@@ -73,7 +73,7 @@ def read_calibration_images(
         place = " in its train split" if len(candidates) < len(splits) else ""
         raise SourceError(
             f"calibration needs {needed} different images, and {opened.name} has {len(pixels)} that can be read{place} "
-            f"({n_unusable} cannot): give more images{'' if n_images is None else ', or a smaller --images'}"
+            f"({n_unusable} cannot): give more images{'' if n_images is None else ', or smaller `images`'}"
         )
     n_batch = min(LARGEST_BATCH, len(pixels) // N_FOLDS)
     return CalibrationImages(

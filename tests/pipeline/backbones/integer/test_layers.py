@@ -247,9 +247,9 @@ def test_a_kernel_that_saturates_is_found_out(offer):
     choice = choose_kernel("auto", CPU)
     assert choice.kernel.name == "float"
     assert choice.why == "no integer kernel computes exactly here (onednn: wrong sums)"
-    with pytest.raises(MachineError, match=r"--kernel int: no integer kernel computes exactly here .*wrong sums"):
+    with pytest.raises(MachineError, match=r"`kernel='int'`: no integer kernel computes exactly here .*wrong sums"):
         choose_kernel("int", CPU)
-    with pytest.raises(MachineError, match="--kernel onednn: wrong sums on this machine; use --kernel auto"):
+    with pytest.raises(MachineError, match="`kernel='onednn'`: wrong sums on this machine; use `kernel='auto'`"):
         choose_kernel("onednn", CPU)
 
 
@@ -337,9 +337,9 @@ def test_a_kernel_that_fails_at_one_kind_of_product_is_found_out_before_it_is_us
     assert choice.kernel.name == "int_mm"
     assert choice.why.startswith(f"int_mm computes exactly (onednn: {flaw}), at 2.0 × the speed of float32 on a linear")
     offer(flawed)
-    with pytest.raises(MachineError, match=rf"--kernel int: .*exactly here \(onednn: {flaw}\); use --kernel float"):
+    with pytest.raises(MachineError, match=rf"`kernel='int'`: .*exactly here \(onednn: {flaw}\); use `kernel='float'`"):
         choose_kernel("int", CPU)
-    with pytest.raises(MachineError, match=f"--kernel onednn: {flaw} on this machine; use --kernel auto"):
+    with pytest.raises(MachineError, match=f"`kernel='onednn'`: {flaw} on this machine; use `kernel='auto'`"):
         choose_kernel("onednn", CPU)
 
 
@@ -386,7 +386,7 @@ def test_speeds_are_measured_and_leave_the_threads_as_they_were():
 
 
 def test_an_unknown_kernel_is_an_option_error():
-    with pytest.raises(OptionError, match="--kernel fast: choose one of auto, int, float"):
+    with pytest.raises(OptionError, match="`kernel='fast'`: choose one of auto, int, float"):
         choose_kernel("fast", CPU)
 
 
@@ -417,7 +417,9 @@ def test_schemes_have_names_and_overrides_go_by_the_last_pattern_that_matches():
 
 
 def test_an_override_of_no_layer_is_an_option_error():
-    with pytest.raises(OptionError, match=r"--override block.0.\*=…: no layer has that name; layers are blocks.0.a …"):
+    with pytest.raises(
+        OptionError, match=r"`overrides='block.0.\*=…'`: no layer has that name; layers are blocks.0.a …"
+    ):
         SchemeByLayer.parse("w8a8", ("block.0.*=w4a4",)).require_layers(["blocks.0.a"])
 
 
@@ -438,5 +440,5 @@ def test_an_unknown_scheme_is_an_option_error(name):
 
 @pytest.mark.parametrize("text", ["blocks", "=w8a8"])
 def test_an_override_of_another_form_is_an_option_error(text):
-    with pytest.raises(OptionError, match=f"--override {text}: expected PATTERN=SCHEME"):
+    with pytest.raises(OptionError, match=f"`overrides='{text}'`: expected PATTERN=SCHEME"):
         parse_override(text)

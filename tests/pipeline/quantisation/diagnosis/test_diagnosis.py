@@ -296,12 +296,12 @@ def test_command_prints_tables_and_tells_of_its_images(pictures, tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"seeds": 0}, OptionError, "--seeds 0: give 1 or more"),
+        ({"seeds": 0}, OptionError, "`seeds=0`: give 1 or more"),
         ({"scheme": "w3"}, OptionError, "scheme 'w3': choose one of w8a8"),
-        ({"ranges": "best"}, OptionError, "--ranges best: choose one of"),
-        ({"target": "best"}, OptionError, "--target best: choose one of"),
-        ({"images": 15}, OptionError, "--images 15: give at least 16"),
-        ({"overrides": ["blocks"]}, OptionError, "--override blocks: expected"),
+        ({"ranges": "best"}, OptionError, "`ranges='best'`: choose one of"),
+        ({"target": "best"}, OptionError, "`target='best'`: choose one of"),
+        ({"images": 15}, OptionError, "`images=15`: give at least 16"),
+        ({"overrides": ["blocks"]}, OptionError, "`overrides='blocks'`: expected"),
         (
             {"images": 20},
             SourceError,
@@ -325,7 +325,7 @@ def test_a_folder_with_other_things_is_left_alone(ask, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(RunError, match=r"holds thesis.txt, which is of no diagnosis: choose another folder"):
         ask(tmp_path)
-    with pytest.raises(RunError, match=r"thesis.txt is a file: give a folder"):
+    with pytest.raises(RunError, match=r"thesis.txt'` is a file: give a folder"):
         ask(tmp_path / "thesis.txt")
     with pytest.raises(OptionError, match=r"thesis.txt is a file, and no folder can be there"):
         ask(tmp_path / "thesis.txt/out", calibration="nowhere")

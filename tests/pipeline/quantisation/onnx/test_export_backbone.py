@@ -278,7 +278,7 @@ def test_without_onnxruntime_nothing_is_compared_and_the_file_is_the_same(vits, 
 def test_another_file_is_not_overwritten(tmp_path, vits):
     path = tmp_path / "net.onnx"
     path.write_bytes(b"mine")
-    with pytest.raises(OptionError, match=r"net\.onnx is there already and holds something else: choose another --out"):
+    with pytest.raises(OptionError, match=r"net\.onnx is there already and holds something else: choose another `out`"):
         export_backbone(vits["none"][0], path, model=vit())
     assert path.read_bytes() == b"mine"
 
