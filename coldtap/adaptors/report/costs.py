@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from coldtap.adaptors.report.model import RunReport
+from coldtap.adaptors.report.numbers import show_bytes, show_count, show_percent, show_seconds
 from coldtap.adaptors.report.svg import element, fit_axis, frame, line, picture
-from coldtap.adaptors.report.wording import show_bytes, show_count, show_percent, show_seconds
 
 WIDTH, HEIGHT = 340.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 12.0, 42.0

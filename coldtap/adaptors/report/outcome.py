@@ -8,7 +8,7 @@ import numpy as np
 
 from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.adaptors.report.model import ClassScore, Confusion, Counts, Mistake, Outcome
-from coldtap.adaptors.report.wording import SPACE
+from coldtap.adaptors.report.numbers import SPACE
 from coldtap.stores.format.types import IGNORED
 
 MOST_MISTAKES = 12

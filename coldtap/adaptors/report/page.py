@@ -17,10 +17,10 @@ from coldtap.adaptors.report.costs import COSTS, Cost, Point, choose_split, draw
 from coldtap.adaptors.report.curves import draw_losses, draw_scores
 from coldtap.adaptors.report.matrix import MOST_CLASSES, Pair, confused_pairs, draw_matrix
 from coldtap.adaptors.report.model import CLASS_SCORES, ClassScore, Mistake, Outcome, Report, RunReport, StoreReport
+from coldtap.adaptors.report.numbers import show_bytes, show_percent, show_seconds
 from coldtap.adaptors.report.refits import Refit, refit_of_best, refits_of
 from coldtap.adaptors.report.svg import element
 from coldtap.adaptors.report.tables import SEEDS, best_setting, differing_settings, join_settings, show_scores
-from coldtap.adaptors.report.wording import show_bytes, show_percent, show_seconds
 from coldtap.version import __version__
 
 MOST_SECTIONS = 30  # runs of a store that have a section of their own, best on val first

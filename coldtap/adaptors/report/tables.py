@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coldtap.adaptors.report.model import RunReport
-from coldtap.adaptors.report.wording import show_percent
+from coldtap.adaptors.report.numbers import show_percent
 
 SEEDS = ("seed", "order_seed")
 

@@ -15,7 +15,6 @@ from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.runs.curves import draw_trials
 from coldtap.adaptors.runs.run_folder import ADAPTOR, RunInfo, read_epochs
-from coldtap.adaptors.text_table import text_table
 from coldtap.adaptors.training.finish import add_split, evaluate
 from coldtap.adaptors.training.grid import TrialSetting, trial_settings
 from coldtap.adaptors.training.loop import Progress
@@ -24,6 +23,7 @@ from coldtap.adaptors.training.runner import train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.atomic import write_file
+from coldtap.text import text_table
 
 TABLE = "trials.csv"
 PICTURE = "trials.png"

@@ -22,12 +22,12 @@ from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.adaptors.report import Thumbnails, read_report, render_page, wanted_images
 from coldtap.adaptors.report.costs import choose_split
 from coldtap.adaptors.report.matrix import confused_pairs, draw_matrix
+from coldtap.adaptors.report.numbers import show_bytes, show_count, show_percent, show_seconds
 from coldtap.adaptors.report.outcome import many_labels, single_label, token_classes
 from coldtap.adaptors.report.page import MOST_IMAGE_BYTES, MOST_SECTIONS
 from coldtap.adaptors.report.refits import refit_of_best, refits_of
 from coldtap.adaptors.report.svg import fit_axis
 from coldtap.adaptors.report.tables import best_setting, differing_settings
-from coldtap.adaptors.report.wording import show_bytes, show_count, show_percent, show_seconds
 from coldtap.adaptors.runs.predictions import read_predictions
 from coldtap.adaptors.runs.run_folder import read_epochs, write_failure
 from coldtap.adaptors.training.grid import expand_grid
