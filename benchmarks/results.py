@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from coldtap.adaptors.results import Cell, ResultTable, Row, table_text
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.cli.main import guarded
 from coldtap.cli.signals import sigterm_interrupts
 from coldtap.pipeline.images.sources.collection import find_datasets

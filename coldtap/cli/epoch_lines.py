@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coldtap.adaptors.training.checkpoint import TrialState
+    from coldtap.adaptors.training.state import TrialState
 
 
 class EpochLines:

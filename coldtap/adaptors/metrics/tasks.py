@@ -8,6 +8,7 @@
 Logits are (sample, class), for `token-class` (sample, patch, class).
 """
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from coldtap.adaptors.metrics.losses import class_losses, label_losses, mean_over_known, token_losses
 from coldtap.adaptors.metrics.metrics import ClassTally, LabelsTally, Tally, TokenClassTally, TrialRows
+from coldtap.errors import MachineError
 from coldtap.stores.format.types import TargetKind
 
-__all__ = ["Tally", "TargetKind", "Task", "TrialRows", "task_of"]
+__all__ = ["Tally", "TargetKind", "Task", "TrialRows", "require_scorer", "task_of"]
 
 
 class Task(Protocol):
@@ -96,3 +98,13 @@ def task_of(kind: TargetKind) -> Task:
     """Returns the task of a kind of target."""
     tasks: dict[TargetKind, Task] = {"class": ClassTask(), "labels": LabelsTask(), "token-class": TokenClassTask()}
     return tasks[kind]
+
+
+def require_scorer(kind: TargetKind) -> None:
+    """Refuse targets whose scores need a package that is not installed.
+
+    Raises:
+        MachineError: scikit-learn is missing, which has average precision.
+    """
+    if kind == "labels" and find_spec("sklearn") is None:
+        raise MachineError("targets of kind labels are scored with scikit-learn: pip install 'coldtap[train]'")

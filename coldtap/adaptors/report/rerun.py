@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from coldtap.adaptors.runs.run_folder import RunSettings
+from coldtap.adaptors.runs.settings import RunSettings
 
 NOT_FLAGS = ("adaptor", "options", "store_digest", "extractor_digest")
 PROTOCOL = ("fit", "keep")  # set by a protocol; `train-adaptor` has no flags for them

@@ -10,7 +10,8 @@ from torch import nn
 from coldtap.adaptors.data.compensated import Compensated, parse_maps
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options
-from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, RunInfo, read_run
+from coldtap.adaptors.runs.record import RunInfo
+from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, read_run
 from coldtap.errors import OptionError, RunError
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.compensation import TapMaps

@@ -17,7 +17,7 @@ from torch import nn
 
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.runs.load import load_adaptor
-from coldtap.adaptors.runs.run_folder import RunInfo
+from coldtap.adaptors.runs.record import RunInfo
 from coldtap.errors import MachineError, OptionError, RunError
 from coldtap.stores.format.canonical import canonical_json
 from coldtap.stores.storage.atomic import write_file

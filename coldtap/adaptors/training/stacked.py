@@ -5,32 +5,36 @@ from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
+from torch import nn
 
 from coldtap.adaptors.metrics.tasks import Task
 from coldtap.adaptors.networks.contract import EpochAware, Penalised
-from coldtap.adaptors.training.learner import Member, Tensors, copy_to_cpu
+from coldtap.adaptors.training.learner import Tensors, copy_to_cpu
 from coldtap.adaptors.training.optimizer import StackedAdamW, decays
+from coldtap.adaptors.training.plan import TrialPlan
 
 # On a CPU a stack saves calls and loses the cache. Measured (docs/log.md): features of more values a sample than this
 # are faster side by side.
 CPU_STACK_VALUES = 8192
 
 
-def can_stack(a: Member, b: Member) -> bool:
-    """Whether two trials may be computed as one: equal shapes, losses and buffers; only weights and rates differ."""
+def can_stack(plan: TrialPlan, network: nn.Module) -> bool:
+    """Return whether a trial may be computed as one with others that are alike."""
+    return not (plan.kind.cannot_stack or plan.options.is_random or isinstance(network, Penalised | EpochAware))
+
+
+def are_alike(a: TrialPlan, b: TrialPlan, networks: tuple[nn.Module, nn.Module]) -> bool:
+    """Return whether two trials have equal shapes, losses and buffers, so that only weights and rates differ."""
     return (
         a.settings.adaptor == b.settings.adaptor
         and a.settings.options == b.settings.options
         and a.settings.label_smoothing == b.settings.label_smoothing
-        and a.can_stack
-        and not a.is_random
-        and not isinstance(a.network, Penalised | EpochAware)
-        and _equal_buffers(a, b)
+        and _equal_buffers(*networks)
     )
 
 
-def _equal_buffers(a: Member, b: Member) -> bool:
-    pairs = zip(a.network.named_buffers(), b.network.named_buffers(), strict=True)
+def _equal_buffers(a: nn.Module, b: nn.Module) -> bool:
+    pairs = zip(a.named_buffers(), b.named_buffers(), strict=True)
     return all(mine == theirs and torch.equal(values, others) for (mine, values), (theirs, others) in pairs)
 
 
@@ -42,17 +46,19 @@ def is_faster_stacked(row_shape: Sequence[int], device: torch.device) -> bool:
 class Stacked:
     """Networks of one shape; equal to `SideBySide` up to rounding."""
 
-    def __init__(self, members: Sequence[Member], task: Task, device: torch.device) -> None:
-        first = members[0].network
-        self._task, self._label_smoothing = task, members[0].settings.label_smoothing
-        self._decays = [member.settings.weight_decay for member in members]
+    def __init__(
+        self, plans: Sequence[TrialPlan], networks: Sequence[nn.Module], task: Task, device: torch.device
+    ) -> None:
+        first = networks[0]
+        self._task, self._label_smoothing = task, plans[0].settings.label_smoothing
+        self._decays = [plan.settings.weight_decay for plan in plans]
         self._shapes = {name: parameter.shape for name, parameter in first.named_parameters()}
         self._sizes = [prod(shape) for shape in self._shapes.values()]
         self._decayed = torch.cat(
             [torch.full((p.numel(),), float(decays(p)), device=device) for p in first.parameters()]
         )
         self._buffers = {name: value.detach().clone() for name, value in first.named_buffers()}
-        flats = [torch.cat([p.detach().reshape(-1) for p in member.network.parameters()]) for member in members]
+        flats = [torch.cat([p.detach().reshape(-1) for p in network.parameters()]) for network in networks]
         self._skeleton = copy.deepcopy(first).to("meta")  # its forward pass, without its numbers
         self._take(torch.stack(flats))
 
@@ -69,14 +75,16 @@ class Stacked:
     def step(self, features: torch.Tensor, targets: torch.Tensor, rates: Sequence[float]) -> torch.Tensor:
         """Does one step of every trial; returns the mean losses (trial,)."""
         self._skeleton.train()
-        losses = self._losses(self._forward(features), targets)
+        losses = self._losses(self._forward(features), targets)  # (trial,)
         gradients = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
-        self._optimizer.step(torch.cat([gradient.flatten(1) for gradient in gradients], dim=1), rates)
+        self._optimizer.step(
+            torch.cat([gradient.flatten(1) for gradient in gradients], dim=1), rates
+        )  # (trial, parameter)
         return losses.detach()
 
     def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         trials = len(logits)
-        repeated = targets.expand(trials, *targets.shape).flatten(0, 1)
+        repeated = targets.expand(trials, *targets.shape).flatten(0, 1)  # (trial · sample, …)
         losses = self._task.losses(logits.flatten(0, 1), repeated, label_smoothing=self._label_smoothing)
         return losses.view(trials, -1).mean(dim=1)
 
@@ -103,9 +111,9 @@ class Stacked:
 
     def restore(self, trial: int, state: Mapping[str, torch.Tensor], *, steps: int) -> None:
         """Puts a trial back to where it was."""
-        of = {"model": self._values, "exp_avg": self._optimizer.exp_avg, "exp_avg_sq": self._optimizer.exp_avg_sq}
+        flats = {"model": self._values, "exp_avg": self._optimizer.exp_avg, "exp_avg_sq": self._optimizer.exp_avg_sq}
         with torch.no_grad():
-            for key, flat in of.items():
+            for key, flat in flats.items():
                 for name, value in self._by_name(flat[trial]).items():
                     value.copy_(state[f"{key}.{name}"])
         self._optimizer.steps = steps

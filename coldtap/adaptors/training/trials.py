@@ -7,19 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.data.compensated import maps_of
 from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.networks.kinds import adaptor_kind
-from coldtap.adaptors.runs.curves import draw_trials
-from coldtap.adaptors.runs.run_folder import ADAPTOR, RunInfo, read_epochs
-from coldtap.adaptors.training.finish import add_split, evaluate
-from coldtap.adaptors.training.grid import TrialSetting, trial_settings
+from coldtap.adaptors.runs.curves import draw_picture, draw_trials
+from coldtap.adaptors.runs.run_folder import read_epochs
+from coldtap.adaptors.training.finish import add_test
+from coldtap.adaptors.training.grid import trial_options
 from coldtap.adaptors.training.loop import Progress
-from coldtap.adaptors.training.plan import PlannedTrial, TrainingOptions, plan_trial
-from coldtap.adaptors.training.runner import train_planned
+from coldtap.adaptors.training.options import TrainingOptions
+from coldtap.adaptors.training.plan import plan_trial
+from coldtap.adaptors.training.runner import TrialResult, train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.atomic import write_file
@@ -27,20 +24,6 @@ from coldtap.text import text_table
 
 TABLE = "trials.csv"
 PICTURE = "trials.png"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialResult:
-    """A trial that has ended: its setting and folder, and `info`, or the reason why there is none.
-
-    `seconds` is its share of the time of the epochs that it had in common with others.
-    """
-
-    setting: TrialSetting
-    path: Path
-    info: RunInfo | None
-    failure: str | None
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,46 +84,29 @@ def train_trials(
     """
     store = store if isinstance(store, Store) else open_store(store)
     out = Path(out)
-    asked = trial_settings(
-        adaptor,
-        adaptor_kind(adaptor).options,
-        trials,
-        training=training or TrainingOptions(),
-        options=settings or {},
-        seeds=seeds,
+    kind, device_ = adaptor_kind(adaptor), choose_device(device)
+    asked = trial_options(
+        adaptor, kind.options, trials, training=training or TrainingOptions(), options=settings or {}, seeds=seeds
     )
-    plans = [
-        plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / each.name)
-        for each in asked
-    ]
-    outcomes = train_planned(
+    results = train_planned(
         store,
-        plans,
+        [plan_trial(store, each, folder=out / each.name) for each in asked],
         out=out,
-        device=choose_device(device),
+        device=device_,
         resident=resident,
         test=False,
         progress=progress,
         note=note,
         checkpoint_every_s=checkpoint_every_s,
     )
-    results = [
-        TrialResult(
-            setting=setting,
-            path=outcome.plan.folder,
-            info=outcome.info,
-            failure=outcome.failure,
-            seconds=outcome.seconds,
-        )
-        for setting, outcome in zip(asked, outcomes, strict=True)
-    ]
     chosen = choose(results)
     if test and "test" in store.splits:
-        infos = _with_test(store, [outcomes[number].plan for number in chosen], [results[n] for n in chosen], device)
-        for number, info in zip(chosen, infos, strict=True):
+        infos = [info for number in chosen if (info := results[number].info) is not None]
+        tested = add_test(store, [results[number].plan for number in chosen], infos, device_)
+        for number, info in zip(chosen, tested, strict=True):
             results[number] = replace(results[number], info=info)
     write_file(out / TABLE, [table_csv(results, chosen)])
-    write_file(out / PICTURE, [_picture(results, chosen, title=f"{adaptor} on {store.path.name}")])
+    _draw(out, results, chosen, f"{adaptor} on {store.path.name}", note)
     if not chosen:
         reason = next(result.failure for result in results if result.failure is not None)
         raise RunError(f"every setting has a trial without a result; {out / TABLE} says why; the first: {reason}")
@@ -165,35 +131,19 @@ def val_score(result: TrialResult) -> float:
     return result.info.metrics["val"].score
 
 
-def _with_test(
-    store: Store, plans: Sequence[PlannedTrial], results: Sequence[TrialResult], device: str
-) -> list[RunInfo]:
-    """Evaluates trials on test, those that have not been before, and adds that to their folders."""
-    infos = [result.info for result in results if result.info is not None]
-    missing = [number for number, info in enumerate(infos) if "test" not in info.metrics]
-    if missing:
-        settings = plans[0].settings
-        batches = FeatureBatches(
-            store,
-            plans[0].features,
-            "test",
-            batch_size=settings.batch_size,
-            target=settings.target,
-            resident=False,
-            device=choose_device(device),
-            maps=maps_of(store, plans[0].features, settings.compensation),
-        )
-        weights = [load_file(plans[number].folder / ADAPTOR) for number in missing]
-        evaluated = evaluate(store, [plans[number] for number in missing], weights, batches)
-        for number, found in zip(missing, evaluated, strict=True):
-            infos[number] = add_split(plans[number].folder, infos[number], "test", found)
-    return infos
-
-
-def _picture(results: Sequence[TrialResult], chosen: Sequence[int], *, title: str) -> bytes:
-    curves = {result.path.name: read_epochs(result.path) for result in results if result.info is not None}
-    metric = next((result.info.metric for result in results if result.info is not None), "")
-    return draw_trials(curves, chosen=[results[number].path.name for number in chosen], title=title, metric=metric)
+def _draw(
+    out: Path,
+    results: Sequence[TrialResult],
+    chosen: Sequence[int],
+    title: str,
+    note: Callable[[str], None] | None,
+) -> None:
+    """Draw the val scores of all trials that have a result."""
+    found = {result.path.name: result.info for result in results if result.info is not None}
+    curves = {name: read_epochs(out / name) for name in found}
+    metric = next((info.metric for info in found.values()), "")
+    names = [results[number].path.name for number in chosen]
+    draw_picture(out / PICTURE, lambda: draw_trials(curves, chosen=names, title=title, metric=metric), note)
 
 
 def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[list[str], list[list[str]]]:

@@ -29,9 +29,10 @@ from coldtap.adaptors.report.refits import refit_of_best, refits_of
 from coldtap.adaptors.report.svg import fit_axis
 from coldtap.adaptors.report.tables import best_setting, differing_settings
 from coldtap.adaptors.runs.predictions import read_predictions
+from coldtap.adaptors.runs.record import Failure
 from coldtap.adaptors.runs.run_folder import read_epochs, write_failure
 from coldtap.adaptors.training.grid import expand_grid
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.adaptors.training.protocol import run_protocol
 from coldtap.adaptors.training.trials import train_trials
 from coldtap.errors import RunError
@@ -283,7 +284,7 @@ def test_a_setting_of_which_a_seed_failed_is_not_the_best(protocol, tmp_path):
     first = read_report([copy]).runs[0]
     settings = read_run(Path(first.folder)).settings
     failed = dataclasses.replace(settings, seed=7)
-    write_failure(copy / "search" / "seed=7", failed, "the loss is nan", seconds=1.0)
+    write_failure(copy / "search" / "seed=7", Failure(settings=failed, reason="the loss is nan", seconds=1.0))
     (store,) = read_report([copy]).stores
     assert [run.failed_seeds for run in store.runs if not run.is_refit] == [(), (7,)]
     assert first.name in [run.name for run in store.runs if run.failed_seeds]

@@ -1,7 +1,7 @@
 """What a store must hold for a training to have something to learn."""
 
 from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.runs.run_folder import Fit
+from coldtap.adaptors.runs.settings import Fit
 from coldtap.errors import SourceError
 from coldtap.stores import Store
 
