@@ -33,7 +33,7 @@ class _NoEnd:
 
 
 def read_report(paths: Sequence[Path]) -> Report:
-    """Reads runs, and the runs below folders of trials, into a report.
+    """Read runs, and the runs below folders of trials, into a report.
 
     Raises:
         RunError: A path is not there, holds a damaged run of its own, or no finished run is among them.

@@ -11,7 +11,7 @@ PROTOCOL = ("fit", "keep")  # set by a protocol; `train-adaptor` has no flags fo
 
 
 def rerun_command(folder: Path, store: str, settings: RunSettings) -> str:
-    """Returns a command for a shell, a line a setting; the new run lies beside the first.
+    """Return a command for a shell, a line a setting; the new run lies beside the first.
 
     A run of a protocol's second step, which learns from val too, is trained by a call of the Python function.
     """

@@ -7,7 +7,7 @@ DETAILS = ("dataset", "adaptor", "chosen on val", "val, %", "parameters", "bytes
 
 
 def table_text(table: ResultTable) -> str:
-    """Returns the table, what was chosen for each cell and what it cost, and why cells are empty."""
+    """Return the table, what was chosen for each cell and what it cost, and why cells are empty."""
     failures = table.failures()
     details = [_details(cell) for cell in table.in_order() if cell.failure is None]
     header = ["test, %", "metric", *table.adaptors]

@@ -41,7 +41,7 @@ def draw_picture(path: Path, draw: Callable[[], bytes], note: Callable[[str], No
 
 
 def draw_curves(epochs: Sequence[EpochRecord], *, best: int, title: str, metric: str) -> bytes:
-    """Draws a run's curves; returns a PNG."""
+    """Draw a run's curves; return a PNG."""
     # Imported here: half a second that a process which never draws does not pay. Figure, not pyplot: no global state.
     from matplotlib.figure import Figure
 
@@ -74,7 +74,7 @@ def draw_curves(epochs: Sequence[EpochRecord], *, best: int, title: str, metric:
 def draw_trials(
     curves: Mapping[str, Sequence[EpochRecord]], *, chosen: Sequence[str], title: str, metric: str
 ) -> bytes:
-    """Draws the val scores of trials by name, the chosen ones in colour; returns a PNG."""
+    """Draw the val scores of trials by name, the chosen ones in colour; return a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -27,7 +27,7 @@ class LoadedRun:
 
 
 def load_adaptor(folder: str | Path) -> tuple[nn.Module, RunInfo]:
-    """Loads a finished run: its module in eval mode on the CPU, and what `run.json` says.
+    """Load a finished run: its module in eval mode on the CPU, and what `run.json` says.
 
     The module maps features as `RunInfo.features` describes them, with a batch axis before `row_shape`, in float32,
     to logits (batch, class). Of a run with a compensation it applies that first: what it takes are features as the
@@ -43,7 +43,7 @@ def load_adaptor(folder: str | Path) -> tuple[nn.Module, RunInfo]:
 
 
 def load_run(folder: str | Path) -> LoadedRun:
-    """Loads the parts of a finished run.
+    """Load the parts of a finished run.
 
     Raises:
         RunError: As `load_adaptor` does.
@@ -84,7 +84,7 @@ def _read(path: Path, digest: str) -> bytes:
 
 
 def build_adaptor(info: RunInfo) -> nn.Module:
-    """Builds the untrained module of a run from what `run.json` says.
+    """Build the untrained module of a run from what `run.json` says.
 
     Raises:
         RunError: The run's adaptor or options are unknown to this coldtap.

@@ -91,7 +91,7 @@ class RunInfo:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "RunInfo":
-        """Parses what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
+        """Parse what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
         repeated = ("format", "adaptor", "seed", "extractor_digest", "store_digest")
         fields = {name: value for name, value in record.items() if name not in repeated}
         names = fields["class_names"]

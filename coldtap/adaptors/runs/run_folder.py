@@ -37,7 +37,7 @@ FAILED = "failed.json"
 
 
 def read_run(folder: Path) -> RunInfo | None:
-    """Returns what a finished run says of itself; None where there is no `run.json`.
+    """Return what a finished run says of itself; None where there is no `run.json`.
 
     Raises:
         RunError: `run.json` is of another format version, or damaged.
@@ -47,7 +47,7 @@ def read_run(folder: Path) -> RunInfo | None:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """Returns what `failed.json` says of a trial that came to no end; None where there is none.
+    """Return what `failed.json` says of a trial that came to no end; None where there is none.
 
     Raises:
         RunError: `failed.json` is of another format version, or damaged.
@@ -110,12 +110,12 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def write_info(folder: Path, info: RunInfo) -> None:
-    """Writes `run.json`."""
+    """Write `run.json`."""
     write_file(folder / RUN, [readable_json(info.to_dict())])
 
 
 def epochs_csv(epochs: Sequence[EpochRecord]) -> bytes:
-    """Returns the table of epochs as CSV, floats in the shortest text that reads back as the same number."""
+    """Return the table of epochs as CSV, floats in the shortest text that reads back as the same number."""
     names = [field.name for field in dataclasses.fields(EpochRecord)]
     values = ([getattr(record, name) for name in names] for record in epochs)
     lines = [",".join("" if value is None else repr(value) for value in line) for line in values]
@@ -123,7 +123,7 @@ def epochs_csv(epochs: Sequence[EpochRecord]) -> bytes:
 
 
 def read_epochs(folder: Path) -> tuple[EpochRecord, ...]:
-    """Returns the epochs of a finished run, of any readable format.
+    """Return the epochs of a finished run, of any readable format.
 
     Raises:
         RunError: `epochs.csv` is missing or damaged.

@@ -44,12 +44,12 @@ class RunSettings:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "RunSettings":
-        """Parses what `dataclasses.asdict` gave, in any readable format; an unknown key is a TypeError."""
+        """Parse what `dataclasses.asdict` gave, in any readable format; an unknown key is a TypeError."""
         # Formats 1 and 2 had one seed for everything; the other new settings had no other value than their defaults.
         return cls(**{"order_seed": record["seed"], **record})
 
     def differences(self, other: "RunSettings") -> list[str]:
-        """Returns each setting that differs in `other`, as `name: here → there`; of two adaptors, that alone."""
+        """Return each setting that differs in `other`, as `name: here → there`; of two adaptors, that alone."""
         if self.adaptor != other.adaptor:
             return [f"adaptor: {self.adaptor} → {other.adaptor}"]
         mine, theirs = _flat(self), _flat(other)
@@ -65,7 +65,7 @@ def _flat(settings: RunSettings) -> dict[str, Any]:
 
 
 def require_equal(old: RunSettings, new: RunSettings, out: Path) -> None:
-    """Refuses to go on with, or to return, a run of other settings.
+    """Refuse to go on with, or to return, a run of other settings.
 
     Raises:
         RunError: Naming each setting that differs, old and new.

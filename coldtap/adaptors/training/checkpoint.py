@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the checkpoint, whole or not at all.
+    """Write the checkpoint, whole or not at all.
 
     Raises:
         MachineError: The disk is full, read-only or refuses.
@@ -58,7 +58,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Returns the checkpoint of unfinished trials, None where there is none.
+    """Return the checkpoint of unfinished trials, None where there is none.
 
     Raises:
         RunError: It is damaged or of another format version.
@@ -85,7 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes the checkpoint of finished trials, and what a death in its writing left."""
+    """Remove the checkpoint of finished trials, and what a death in its writing left."""
     for name in (CHECKPOINT, CHECKPOINT + TEMPORARY_SUFFIX):
         (folder / name).unlink(missing_ok=True)
 

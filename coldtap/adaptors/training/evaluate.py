@@ -52,7 +52,7 @@ def evaluate_adaptor(
     device: str = "auto",
     note: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Evaluates a finished run on a split of a store; nothing is written.
+    """Evaluate a finished run on a split of a store; nothing is written.
 
     Args:
         run: The run folder.
@@ -122,7 +122,7 @@ def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bo
 
 
 def _require_features(run: Path, info: RunInfo, store: Store) -> None:
-    """Refuses a store that lacks what the run reads, or whose targets mean something else."""
+    """Refuse a store that lacks what the run reads, or whose targets mean something else."""
     features, target = info.features, info.settings.target
     array = store.arrays.get(features.array)
     if array is None or not {*features.taps} <= {*array.taps}:

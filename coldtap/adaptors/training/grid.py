@@ -28,7 +28,7 @@ class _GridOptions:
 
 
 def expand_grid(grid: Mapping[str, Sequence[object]]) -> list[dict[str, object]]:
-    """Returns every combination of a grid's values by name: `{"lr": [1e-3, 3e-3], "rank": [4]}` gives two.
+    """Return every combination of a grid's values by name: `{"lr": [1e-3, 3e-3], "rank": [4]}` gives two.
 
     Raises:
         OptionError: A name without a value.

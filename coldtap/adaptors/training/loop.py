@@ -122,8 +122,8 @@ class SharedPass:
     def _rates(self, step: int) -> list[float]:
         """The learning rate in a step of each trial that learns."""
         return [
-            learning_rate_at(step, steps=of.epochs * self.train.n_batches, peak=of.lr, warmup=of.warmup)
-            for of in (self.trials[number].settings for number in self._learning)
+            learning_rate_at(step, steps=own.epochs * self.train.n_batches, peak=own.lr, warmup=own.warmup)
+            for own in (self.trials[number].settings for number in self._learning)
         ]
 
     def _evaluate(self) -> list[SplitMetrics] | None:

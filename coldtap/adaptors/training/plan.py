@@ -131,7 +131,7 @@ def plan_trial(store: Store, asked: TrialOptions, *, folder: Path) -> TrialPlan:
 
 
 def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:
-    """Refuses targets a token on another grid than that of the features."""
+    """Refuse targets a token on another grid than that of the features."""
     grid = store.target_grid(target)
     if grid is not None and tuple(grid) != tuple(features.geometry.grid):
         raise OptionError(
@@ -144,7 +144,7 @@ def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:
 def _for_target(
     store: Store, kind: AdaptorKind[Any], target: str, settings: Mapping[str, object]
 ) -> Mapping[str, object]:
-    """Lets an adaptor answer for each token where the targets are a token's, and only there."""
+    """Let an adaptor answer for each token where the targets are a token's, and only there."""
     a_token = store.target_kind(target) == "token-class"
     asked = settings.get("pool")
     if not a_token:

@@ -71,7 +71,7 @@ def run_protocol(
     note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> ProtocolResult:
-    """Fits, chooses and tests an adaptor on a store by a protocol; called again, it does what is left.
+    """Fit, choose and test an adaptor on a store by a protocol; called again, do what is left.
 
     Args:
         store: A store or its path, with train, val and test.
@@ -135,7 +135,7 @@ def run_protocol(
 
 
 def _refits(store: Store, chosen: TrialOptions, seeds: int, out: Path) -> list[TrialPlan]:
-    """Plans of the chosen setting on train and val together, one per seed."""
+    """Return plans of the chosen setting on train and val together, one per seed."""
     first = chosen.training
     again = [
         replace(chosen, training=replace(first, seed=seed, order_seed=first.order_seed, fit="train+val"))
@@ -159,5 +159,5 @@ def _result(searched: Trials, runs: Sequence[tuple[Path, RunInfo]], seconds: flo
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the standard deviation (n − 1) of some scores; of one score the deviation is 0."""
+    """Return the mean and the standard deviation (n − 1) of some scores; of one score the deviation is 0."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

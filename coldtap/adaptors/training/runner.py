@@ -67,7 +67,7 @@ def train_planned(
     note: Note | None,
     checkpoint_every_s: float,
 ) -> list[TrialResult]:
-    """Trains what is not trained yet; returns how each trial has ended, in the order of the plans.
+    """Train what is not trained yet; return how each trial has ended, in the order of the plans.
 
     Args:
         store: The store.
@@ -158,7 +158,7 @@ class _Trainer:
     def train(
         self, plans: Sequence[TrialPlan], checkpoint: Checkpoint | None, done: Mapping[str, TrialResult]
     ) -> Iterator[TrialResult]:
-        """Trains trials that can share batches, in as few passes as the memory allows.
+        """Train trials that can share batches, in as few passes as the memory allows.
 
         Of those that are `done`, which go on only with others from a checkpoint, nothing is written again.
         """
@@ -239,7 +239,7 @@ class _Trainer:
         shared: SharedPass,
         done: Mapping[str, TrialResult],
     ) -> list[TrialResult]:
-        """Writes the folder of each trial that has none."""
+        """Write the folder of each trial that has none."""
         failures = {plan.name: state.failure for plan, state in zip(plans, states, strict=True) if state.failure}
         numbers = [n for n, plan in enumerate(plans) if plan.name not in failures and plan.name not in done]
         written = self._write(plans, states, shared, numbers) if numbers else []
@@ -272,7 +272,7 @@ class _Trainer:
         shared: SharedPass,
         numbers: Sequence[int],
     ) -> list[RunInfo | str]:
-        """Evaluates the trials of these numbers and writes their folders."""
+        """Evaluate the trials of these numbers and write their folders."""
         splits = {} if shared.val is None else {"val": shared.val}
         if self._test and "test" in self._store.splits:
             splits["test"] = plans[0].batches(self._store, "test", device=self._device, resident=False)

@@ -29,13 +29,13 @@ class SideBySide:
         self._steps = 0
 
     def begin_epoch(self, epoch: int) -> None:
-        """Tells networks that change with the epochs."""
+        """Tell networks that change with the epochs."""
         for plan, network in zip(self._plans, self._networks, strict=True):
             if isinstance(network, EpochAware):
                 network.begin_epoch(epoch, plan.settings.epochs)
 
     def step(self, features: torch.Tensor, targets: torch.Tensor, rates: Sequence[float]) -> torch.Tensor:
-        """Does one step of every trial; returns the mean losses (trial,)."""
+        """Do one step of every trial; return the mean losses (trial,)."""
         losses = [
             self._step(trial, features, targets, rate)  # (): the mean over the batch
             for trial, rate in enumerate(rates)
@@ -62,12 +62,12 @@ class SideBySide:
         return loss.detach()
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns logits (trial, sample, [patch,] class) in eval mode."""
+        """Return logits (trial, sample, [patch,] class) in eval mode."""
         with torch.inference_mode():
             return torch.stack([network.eval()(features) for network in self._networks])
 
     def state(self, trial: int) -> Tensors:
-        """Copies a trial's weights and moments to the CPU."""
+        """Copy a trial's weights and moments to the CPU."""
         network, optimizer = self._networks[trial], self._optimizers[trial]
         state = {f"model.{name}": value for name, value in self.weights(trial).items()}
         for name, parameter in network.named_parameters():
@@ -76,7 +76,7 @@ class SideBySide:
         return state
 
     def restore(self, trial: int, state: Mapping[str, torch.Tensor], *, steps: int) -> None:
-        """Puts a trial back to where it was."""
+        """Put a trial back to where it was."""
         network, optimizer = self._networks[trial], self._optimizers[trial]
         network.load_state_dict(without_prefix(state, "model."))
         for name, parameter in network.named_parameters():
@@ -89,11 +89,11 @@ class SideBySide:
         self._steps = steps
 
     def weights(self, trial: int) -> Tensors:
-        """Copies a trial's weights and buffers to the CPU."""
+        """Copy a trial's weights and buffers to the CPU."""
         return {name: copy_to_cpu(value) for name, value in self._networks[trial].state_dict().items()}
 
     def keep(self, trials: Sequence[int]) -> None:
-        """Goes on with some of the trials."""
+        """Go on with some of the trials."""
         self._plans = [self._plans[trial] for trial in trials]
         self._networks = [self._networks[trial] for trial in trials]
         self._optimizers = [self._optimizers[trial] for trial in trials]

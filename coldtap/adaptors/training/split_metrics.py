@@ -33,7 +33,7 @@ def evaluate_split(
         keep_rows: Whether to keep what is said of each sample.
     """
     task, n_classes = batches.task, n_classes or batches.n_classes
-    metric = task.tally(n_trials=n_trials, n_classes=n_classes, device=batches.device, keep_rows=keep_rows)
+    metric = task.metrics(n_trials=n_trials, n_classes=n_classes, device=batches.device, keep_rows=keep_rows)
     for batch in batches.ordered():
         metric.add(logits(batch.features), batch.targets)
     rows = metric.rows() if keep_rows else [None] * n_trials

@@ -39,7 +39,7 @@ def _equal_buffers(a: nn.Module, b: nn.Module) -> bool:
 
 
 def is_faster_stacked(row_shape: Sequence[int], device: torch.device) -> bool:
-    """Whether networks over features of a shape (without the batch axis) are faster as a stack."""
+    """Return whether networks over features of a shape (without the batch axis) are faster as a stack."""
     return device.type == "cuda" or prod(row_shape) <= CPU_STACK_VALUES
 
 
@@ -63,17 +63,17 @@ class Stacked:
         self._take(torch.stack(flats))
 
     def _take(self, values: torch.Tensor) -> None:
-        """Makes parameters (trial, parameter) the stack's own."""
+        """Make parameters (trial, parameter) the stack's own."""
         self._values = values
         parts = zip(self._shapes.items(), values.split(self._sizes, dim=1), strict=True)
         self._parameters = {name: part.view(-1, *shape).requires_grad_() for (name, shape), part in parts}
         self._optimizer = StackedAdamW(values, decayed=self._decayed, weight_decay=self._decays)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Does nothing: networks that change with the epochs are not stacked."""
+        """Do nothing: networks that change with the epochs are not stacked."""
 
     def step(self, features: torch.Tensor, targets: torch.Tensor, rates: Sequence[float]) -> torch.Tensor:
-        """Does one step of every trial; returns the mean losses (trial,)."""
+        """Do one step of every trial; return the mean losses (trial,)."""
         self._skeleton.train()
         losses = self._losses(self._forward(features), targets)  # (trial,)
         gradients = torch.autograd.grad(losses.sum(), list(self._parameters.values()))
@@ -97,20 +97,20 @@ class Stacked:
         return logits
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Returns logits (trial, sample, [patch,] class) in eval mode."""
+        """Return logits (trial, sample, [patch,] class) in eval mode."""
         self._skeleton.eval()
         with torch.no_grad():
             return self._forward(features)
 
     def state(self, trial: int) -> Tensors:
-        """Copies a trial's weights and moments to the CPU."""
+        """Copy a trial's weights and moments to the CPU."""
         state = {f"model.{name}": value for name, value in self.weights(trial).items()}
         for key, moments in (("exp_avg", self._optimizer.exp_avg), ("exp_avg_sq", self._optimizer.exp_avg_sq)):
             state |= {f"{key}.{name}": copy_to_cpu(value) for name, value in self._by_name(moments[trial]).items()}
         return state
 
     def restore(self, trial: int, state: Mapping[str, torch.Tensor], *, steps: int) -> None:
-        """Puts a trial back to where it was."""
+        """Put a trial back to where it was."""
         flats = {"model": self._values, "exp_avg": self._optimizer.exp_avg, "exp_avg_sq": self._optimizer.exp_avg_sq}
         with torch.no_grad():
             for key, flat in flats.items():
@@ -119,7 +119,7 @@ class Stacked:
         self._optimizer.steps = steps
 
     def weights(self, trial: int) -> Tensors:
-        """Copies a trial's weights and buffers to the CPU."""
+        """Copy a trial's weights and buffers to the CPU."""
         parameters = self._by_name(self._values[trial])
         return {name: copy_to_cpu(value) for name, value in {**parameters, **self._buffers}.items()}
 
@@ -129,7 +129,7 @@ class Stacked:
         return {name: part.view(shape) for (name, shape), part in parts}
 
     def keep(self, trials: Sequence[int]) -> None:
-        """Goes on with some of the trials."""
+        """Go on with some of the trials."""
         chosen = torch.tensor(trials, device=self._values.device)
         old = self._optimizer
         self._decays = [self._decays[trial] for trial in trials]

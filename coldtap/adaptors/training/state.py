@@ -34,7 +34,7 @@ class TrialState:
 
     @property
     def learns(self) -> bool:
-        """Whether there is a next step."""
+        """Return whether there is a next step."""
         return not self.ended and self.failure is None
 
     def kept(self) -> Tensors:

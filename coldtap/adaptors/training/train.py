@@ -59,7 +59,7 @@ def train_adaptor(
     note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> RunResult:
-    """Trains an adaptor on a store's train split and leaves a run folder.
+    """Train an adaptor on a store's train split and leave a run folder.
 
     The epoch that is kept has the best val score; among equals the lower val loss wins, then the earlier epoch.
 

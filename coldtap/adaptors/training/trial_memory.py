@@ -68,7 +68,7 @@ class _LiveBytes(TorchDispatchMode):
 def forecast_trial(
     plan: TrialPlan, network: nn.Module, task: Task, batch: Batch, *, device: torch.device
 ) -> TrialMemory:
-    """Forecasts what one trial takes, from one step in the way in which it would be trained.
+    """Forecast what one trial takes, from one step in the way in which it would be trained.
 
     Args:
         plan: The trial.
@@ -100,7 +100,7 @@ def _peak_of(step: Callable[[], object], device: torch.device) -> int:
 
 
 def how_many_fit(trials: Sequence[TrialMemory], *, free: int) -> int:
-    """Returns how many trials, from the first on, fit into free memory (bytes) at a time: one at least."""
+    """Return how many trials, from the first on, fit into free memory (bytes) at a time: one at least."""
     states = together = largest = 0
     for number, trial in enumerate(trials):
         states += trial.state

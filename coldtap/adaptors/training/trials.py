@@ -51,7 +51,7 @@ def train_trials(
     note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> Trials:
-    """Trains trials that share each batch, every one with every seed; returns all of them and the chosen ones.
+    """Train trials that share each batch, every one with every seed; return all of them and the chosen ones.
 
     The setting with the best mean val score over its seeds is chosen (of equals the first), and only its trials are
     evaluated on test. A trial that diverges ends with its reason in `failed.json`, and the others go on. A
@@ -114,7 +114,7 @@ def train_trials(
 
 
 def choose(results: Sequence[TrialResult]) -> list[int]:
-    """Returns the numbers of the trials of the setting with the best mean val score over its seeds, ascending.
+    """Return the numbers of the trials of the setting with the best mean val score over its seeds, ascending.
 
     A setting of which a trial has failed is not chosen; of equals it is the first. Empty where all have failed.
     """
@@ -126,7 +126,7 @@ def choose(results: Sequence[TrialResult]) -> list[int]:
 
 
 def val_score(result: TrialResult) -> float:
-    """Returns a trial's deciding score on val."""
+    """Return a trial's deciding score on val."""
     assert result.info is not None, "the trial has failed"
     return result.info.metrics["val"].score
 
@@ -147,7 +147,7 @@ def _draw(
 
 
 def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """Returns a header and one line a trial: its setting, scores, cost, and how it has ended; best on val first."""
+    """Return a header and one line a trial: its setting, scores, cost, and how it has ended; best on val first."""
 
     def rank(number: int) -> tuple[bool, float]:
         result = results[number]
@@ -174,7 +174,7 @@ def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[l
 
 
 def table_csv(results: Sequence[TrialResult], chosen: Sequence[int]) -> bytes:
-    """Returns the table of trials as CSV."""
+    """Return the table of trials as CSV."""
     text = io.StringIO()
     header, lines = table_rows(results, chosen)
     csv.writer(text, lineterminator="\n").writerows([header, *lines])
@@ -182,6 +182,6 @@ def table_csv(results: Sequence[TrialResult], chosen: Sequence[int]) -> bytes:
 
 
 def trials_table(trials: Trials) -> str:
-    """Returns the table of trials as text."""
+    """Return the table of trials as text."""
     chosen = [number for number, result in enumerate(trials.results) if result in trials.chosen]
     return text_table(*table_rows(trials.results, chosen))
