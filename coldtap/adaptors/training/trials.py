@@ -84,7 +84,7 @@ def train_trials(
     """
     store = store if isinstance(store, Store) else open_store(store)
     out = Path(out)
-    kind, device_ = adaptor_kind(adaptor), choose_device(device)
+    kind, place = adaptor_kind(adaptor), choose_device(device)
     asked = trial_options(
         adaptor, kind.options, trials, training=training or TrainingOptions(), options=settings or {}, seeds=seeds
     )
@@ -92,7 +92,7 @@ def train_trials(
         store,
         [plan_trial(store, each, folder=out / each.name) for each in asked],
         out=out,
-        device=device_,
+        device=place,
         resident=resident,
         test=False,
         progress=progress,
@@ -102,7 +102,7 @@ def train_trials(
     chosen = choose(results)
     if test and "test" in store.splits:
         infos = [info for number in chosen if (info := results[number].info) is not None]
-        tested = add_test(store, [results[number].plan for number in chosen], infos, device_)
+        tested = add_test(store, [results[number].plan for number in chosen], infos, place)
         for number, info in zip(chosen, tested, strict=True):
             results[number] = replace(results[number], info=info)
     write_file(out / TABLE, [table_csv(results, chosen)])
