@@ -37,7 +37,7 @@ from benchmarks.machine import describe_machine, machine_line, own_process, peak
 from benchmarks.pictures import N_CLASSES, Pictures
 from coldtap.adaptors.data.batches import FeatureBatches
 from coldtap.adaptors.data.devices import choose_device, seeded
-from coldtap.adaptors.data.epoch_order import batch_cuts, epoch_draw
+from coldtap.adaptors.data.epoch_order import batch_bounds, epoch_draw
 from coldtap.adaptors.networks.contract import FeatureSpec, copy_final_norm
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
@@ -267,7 +267,7 @@ class Pixels:
         device = self._backbone.device
         for epoch in count(1):
             order, _ = epoch_draw(len(self._pixels), 1, seed=0, epoch=epoch)
-            for start, stop in batch_cuts(len(order), batch_size=BATCH_SIZE):
+            for start, stop in batch_bounds(len(order), batch_size=BATCH_SIZE):
                 chosen = torch.from_numpy(order[start:stop])
                 yield self._pixels[chosen].to(device), (chosen % N_CLASSES).to(device)
 

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from benchmarks.machine import peak_bytes
 from coldtap.adaptors.data.devices import choose_device, seeded
-from coldtap.adaptors.data.epoch_order import batch_cuts, epoch_draw
+from coldtap.adaptors.data.epoch_order import batch_bounds, epoch_draw
 from coldtap.adaptors.networks.heads import ClassifierHead, FrozenNorm, Pool
 from coldtap.adaptors.training.optimizer import learning_rate_at, make_optimizer
 from coldtap.errors import RunError
@@ -148,7 +148,7 @@ class Images:
     def shuffled(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Batches of an epoch in the order in which `FeatureBatches` gives the same samples."""
         order, _ = epoch_draw(len(self.targets), 1, seed=ORDER_SEED, epoch=epoch)
-        for start, stop in batch_cuts(len(order), batch_size=BATCH_SIZE):
+        for start, stop in batch_bounds(len(order), batch_size=BATCH_SIZE):
             chosen = torch.from_numpy(order[start:stop])
             yield self.pixels[chosen], self.targets[chosen]
 
@@ -273,7 +273,7 @@ def _learn(network: Lora, images: Dataset, *, fit: Fit, lr: float, epochs: int, 
     learned = images.splits["train"]
     if fit == "train+val":
         learned = learned + images.splits["val"]
-    n_batches = len(batch_cuts(len(learned.targets), batch_size=BATCH_SIZE))
+    n_batches = len(batch_bounds(len(learned.targets), batch_size=BATCH_SIZE))
     descent = Descent(network, lr=lr, steps=epochs * n_batches)
     scored = "val" if fit == "train" else "test"
     losses = []

@@ -372,13 +372,16 @@ def _mist(path: Path, resident: bool, rounds: int) -> Callable[[int], float]:
     import torch
 
     from coldtap.adaptors.data.batches import FeatureBatches
-    from coldtap.adaptors.training.learner import SideBySide
-    from coldtap.adaptors.training.plan import TrainingOptions, plan_trial
+    from coldtap.adaptors.training.options import TrainingOptions, TrialOptions
+    from coldtap.adaptors.training.plan import plan_trial
+    from coldtap.adaptors.training.side_by_side import SideBySide
 
     store, device = open_store(path), torch.device("cpu")
-    plan = plan_trial(store, "mist", TrainingOptions(batch_size=MIST_BATCH), {}, name="mist", folder=path)
+    asked = TrialOptions(adaptor="mist", training=TrainingOptions(batch_size=MIST_BATCH))
+    plan = plan_trial(store, asked, folder=path)
     batches = FeatureBatches(store, plan.features, "train", batch_size=MIST_BATCH, resident=resident)
-    learner = SideBySide([plan.member(store, n_classes=batches.n_classes, device=device)], batches.task, device)
+    network = plan.network(store, n_classes=batches.n_classes, device=device)
+    learner = SideBySide([plan], [network], batches.task, device)
 
     def fit(epoch: int) -> None:
         for batch in batches.shuffled(seed=0, epoch=epoch):

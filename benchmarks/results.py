@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.intervals import Difference, paired
 from coldtap.adaptors.results import Cell, ResultTable, Row, table_text
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.cli.main import guarded
 from coldtap.pipeline.images.sources.collection import find_datasets
 from coldtap.stores.storage.atomic import write_file

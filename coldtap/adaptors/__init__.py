@@ -6,14 +6,16 @@ from coldtap.adaptors.networks.kinds import ADAPTORS
 from coldtap.adaptors.networks.options import option_defaults
 from coldtap.adaptors.runs.load import load_adaptor
 from coldtap.adaptors.runs.onnx import OnnxExport, export_onnx
-from coldtap.adaptors.runs.run_folder import EpochRecord, RunInfo, SplitMetrics, read_run
+from coldtap.adaptors.runs.record import EpochRecord, RunInfo, SplitMetrics
+from coldtap.adaptors.runs.run_folder import read_run
 from coldtap.adaptors.training.evaluate import Evaluation, evaluate_adaptor
 from coldtap.adaptors.training.grid import expand_grid
 from coldtap.adaptors.training.loop import Progress
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.adaptors.training.protocol import ProtocolResult, mean_and_deviation, run_protocol
+from coldtap.adaptors.training.runner import TrialResult
 from coldtap.adaptors.training.train import RunResult, train_adaptor
-from coldtap.adaptors.training.trials import TrialResult, Trials, train_trials, trials_table
+from coldtap.adaptors.training.trials import Trials, train_trials, trials_table
 
 __all__ = [
     "ADAPTORS",

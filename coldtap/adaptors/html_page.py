@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 
 def page_environment(package: str) -> Environment:
-    """Returns a template engine for the templates beside a package's modules, which escapes whatever it is given.
+    """Return a template engine for the templates beside a package's modules, which escapes whatever it is given.
 
     Its templates know `css`, the package's `page.css`, and `policy`, the content security policy of a page with that
     style: no script, no font, no request; images only where they are in the page itself.

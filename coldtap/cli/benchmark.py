@@ -69,7 +69,7 @@ def benchmark(
     values or seeds adds to it. A cell that fails says why in the table; the exit code is then that of the first error.
     """
     from coldtap.adaptors.results import table_text
-    from coldtap.adaptors.training.plan import TrainingOptions
+    from coldtap.adaptors.training.options import TrainingOptions
     from coldtap.cli.progress import BenchmarkDisplay
     from coldtap.pipeline.images.sources.collection import find_datasets
     from coldtap.workflows.benchmark.cell import Rules

@@ -20,6 +20,7 @@ from coldtap.cli.options import (
     Scheme,
     Target,
 )
+from coldtap.text import text_table
 
 if TYPE_CHECKING:
     from coldtap.pipeline.quantisation.diagnosis.result import Diagnosis, Spread
@@ -92,8 +93,6 @@ def diagnose(
 
 def _tables(diagnosis: "Diagnosis") -> Sequence[str]:
     """Sites, blocks and taps."""
-    from coldtap.pipeline.quantisation.compensation.site_table import aligned
-
     sites = [
         (
             site.name,
@@ -110,9 +109,9 @@ def _tables(diagnosis: "Diagnosis") -> Sequence[str]:
     taps = [(tap.name, _db(tap.uncompensated_db), _db(tap.cwac_db), _db(tap.qwt_db)) for tap in diagnosis.taps]
     kept, off, change = "channels kept", "off-diagonal of M", "of M − 1"
     return [
-        aligned(("site, dB", "before", "CWAC", kept, off, change, "full M over CWAC"), sites),
-        aligned(("block, dB", "before", "QwT"), blocks),
-        aligned(("tap, dB", "before", "CWAC", "QwT"), taps),
+        text_table(("site, dB", "before", "CWAC", kept, off, change, "full M over CWAC"), sites, numbers_right=True),
+        text_table(("block, dB", "before", "QwT"), blocks, numbers_right=True),
+        text_table(("tap, dB", "before", "CWAC", "QwT"), taps, numbers_right=True),
     ]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from coldtap.cli.errors import in_flags
 
 if TYPE_CHECKING:
-    from coldtap.adaptors.training.checkpoint import TrialState
+    from coldtap.adaptors.training.state import TrialState
 
 
 class EpochLines:

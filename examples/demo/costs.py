@@ -12,7 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from coldtap.adaptors.runs.run_folder import RunInfo, read_run
+from coldtap.adaptors.runs.record import RunInfo
+from coldtap.adaptors.runs.run_folder import read_run
 from coldtap.stores.reading.array import StoredArray
 from coldtap.stores.reading.store import Store
 from coldtap.text import show_bytes

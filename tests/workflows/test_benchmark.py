@@ -18,7 +18,7 @@ from PIL import Image
 
 from coldtap.adaptors.results import Cell, ResultTable, Score, table_csv, table_html, table_text
 from coldtap.adaptors.results.vtab import GROUPS, vtab_name
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.cli.epoch_lines import EpochLines
 from coldtap.errors import OptionError, SourceError
 from coldtap.pipeline.images.sources.collection import find_datasets

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from coldtap.adaptors.data.devices import free_gpu_bytes, to_device
-from coldtap.adaptors.data.epoch_order import Mixing, Shuffle, batch_cuts, block_mixing, block_starts, epoch_draw
+from coldtap.adaptors.data.epoch_order import Mixing, Shuffle, batch_bounds, block_mixing, block_starts, epoch_draw
 from coldtap.adaptors.data.memory import available_memory_bytes, decide_residency
 from coldtap.adaptors.data.read_ahead import ReadAhead
 from coldtap.adaptors.data.resident import HeldRows
@@ -70,7 +70,7 @@ class FeatureBatches:
         world_size: int = 1,
         maps: TapMaps | None = None,
     ) -> None:
-        """Looks up the split's rows and targets; reads the features if they are to be kept.
+        """Look up the split's rows and targets; read the features if they are to be kept.
 
         Args:
             store: An open store.
@@ -94,8 +94,8 @@ class FeatureBatches:
         self._store, self._split, self._target = store, split, target
         self._rows = _rows_by_view(store, split)  # (view, sample)
         self.n_samples = int(self._rows.shape[1])
-        self._cuts = batch_cuts(self.n_samples, batch_size=batch_size, rank=rank, world_size=world_size)
-        self.n_batches = len(self._cuts)
+        self._bounds = batch_bounds(self.n_samples, batch_size=batch_size, rank=rank, world_size=world_size)
+        self.n_batches = len(self._bounds)
         self.task: Task = task_of(store.target_kind(target))
         self.n_classes = store.n_classes(target)
         self.targets = torch.from_numpy(_targets_in_range(store, self._rows[0], split, target))
@@ -123,11 +123,11 @@ class FeatureBatches:
         return tuple(names[number] if names else str(number) for number in absent)
 
     def sample_ids(self) -> list[str]:
-        """Returns the id of each sample, in the order of `ordered`."""
+        """Return the id of each sample, in the order of `ordered`."""
         return self._store.sample_ids(self._rows[0])
 
     def _open(self, taps: StoredTaps, rows: Rows) -> Callable[[Iterable[Rows]], Generator[torch.Tensor]]:
-        """Reads the rows if they are kept; returns what yields the features of batches of rows."""
+        """Read the rows if they are kept; return what yields the features of batches of rows."""
 
         # Buffers belong to one iteration: two epochs at a time must not share them.
         def restorer() -> Restorer:
@@ -142,7 +142,7 @@ class FeatureBatches:
         return lambda batches: ReadAhead(held, restorer(), self.device, self.batch_size).features(batches)
 
     def shuffled(self, *, seed: int, epoch: int, start_batch: int = 0) -> Generator[Batch]:
-        """Yields this process's batches of an epoch: of every sample one view, in the order that (seed, epoch) gives.
+        """Yield this process's batches of an epoch: of every sample one view, in the order that (seed, epoch) gives.
 
         Args:
             seed: The run's seed.
@@ -150,17 +150,17 @@ class FeatureBatches:
             start_batch: Batches to leave out: those that an interrupted epoch has had.
         """
         order, views = epoch_draw(self.n_samples, len(self._rows), seed=seed, epoch=epoch, blocks=self._blocks)
-        yield from self._batches(order, views, self._cuts[start_batch:])
+        yield from self._batches(order, views, self._bounds[start_batch:])
 
     def ordered(self) -> Iterator[Batch]:
-        """Yields view 0 of every sample of the split in the order of the rows, in each process."""
-        cuts = batch_cuts(self.n_samples, batch_size=self.batch_size)
-        yield from self._batches(np.arange(self.n_samples), np.zeros(self.n_samples, np.int64), cuts)
+        """Yield view 0 of every sample of the split in the order of the rows, in each process."""
+        bounds = batch_bounds(self.n_samples, batch_size=self.batch_size)
+        yield from self._batches(np.arange(self.n_samples), np.zeros(self.n_samples, np.int64), bounds)
 
-    def _batches(self, samples: Rows, views: Rows, cuts: Rows) -> Iterator[Batch]:
-        rows = (self._rows[views[start:stop], samples[start:stop]] for start, stop in cuts)
+    def _batches(self, samples: Rows, views: Rows, bounds: Rows) -> Iterator[Batch]:
+        rows = (self._rows[views[start:stop], samples[start:stop]] for start, stop in bounds)
         with closing(self._features_of(rows)) as features:
-            for (start, stop), values in zip(cuts, features, strict=True):
+            for (start, stop), values in zip(bounds, features, strict=True):
                 targets = to_device(self.targets[torch.from_numpy(samples[start:stop])], self.device)
                 yield Batch(features=values, targets=targets.float() if targets.dtype == torch.bool else targets)
 

@@ -12,7 +12,7 @@ from coldtap.stores.format.compensation import TapMaps
 
 
 def maps_of(store: Store, spec: FeatureSpec, name: str | None) -> TapMaps | None:
-    """Returns the maps of the taps of `spec` by a store's compensation; None where no name is given.
+    """Return the maps of the taps of `spec` by a store's compensation; None where no name is given.
 
     Raises:
         MissingFeaturesError: The store has no such compensation, or it has no map of the array.
@@ -30,12 +30,12 @@ def maps_of(store: Store, spec: FeatureSpec, name: str | None) -> TapMaps | None
 
 
 def maps_bytes(maps: TapMaps) -> bytes:
-    """Returns the file of a run's maps: `scale` and `offset`, (tap, channel) of the taps that the adaptor reads."""
+    """Return the file of a run's maps: `scale` and `offset`, (tap, channel) of the taps that the adaptor reads."""
     return save({"scale": maps.scale, "offset": maps.offset})
 
 
 def parse_maps(data: bytes) -> TapMaps:
-    """Parses what `maps_bytes` gave; anything else is a SafetensorError, KeyError or TypeError."""
+    """Parse what `maps_bytes` gave; anything else is a SafetensorError, KeyError or TypeError."""
     return TapMaps(**{name: values.copy() for name, values in load(data).items()})
 
 
@@ -52,6 +52,6 @@ class Compensated(nn.Module):
         self.register_buffer("offset", over_row(maps.offset, spec.row_shape))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Maps features (batch, *row shape) as the extractor gives them to logits."""
+        """Map features (batch, *row shape) as the extractor gives them to logits."""
         logits: torch.Tensor = self.adaptor(features * self.scale + self.offset)
         return logits

@@ -10,7 +10,7 @@ from coldtap.errors import MachineError, OptionError
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device of a name; `auto` is the first GPU if there is one, else the CPU.
+    """Return the device of a name; `auto` is the first GPU if there is one, else the CPU.
 
     Raises:
         OptionError: The name is not `auto`, `cpu`, `cuda` or `cuda:N`.
@@ -30,23 +30,23 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """Returns `cpu`, or the GPU with its model's name."""
+    """Return `cpu`, or the GPU with its model's name."""
     return f"{device}, {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def free_gpu_bytes(device: torch.device) -> int:
-    """Returns the free memory of a GPU; 0 for the CPU, which has none of its own."""
+    """Return the free memory of a GPU; 0 for the CPU, which has none of its own."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Moves a small tensor from the CPU; to a GPU through pinned memory, so that nothing waits for the GPU's work."""
+    """Move a small tensor from the CPU; to a GPU through pinned memory, so that nothing waits for the GPU's work."""
     return values if device.type == "cpu" else values.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager
 def seeded(seed: int, stream: int, device: torch.device) -> Iterator[None]:
-    """Draws torch's random numbers from (seed, stream) inside the block; restores its generators after it.
+    """Draw torch's random numbers from (seed, stream) inside the block; restore its generators after it.
 
     With a stream an epoch, dropout is the same whether or not the run was interrupted before it.
     """

@@ -25,7 +25,7 @@ MIN_POOL_BLOCKS = 8
 
 
 def epoch_draw(n_samples: int, n_views: int, *, seed: int, epoch: int, blocks: Rows | None = None) -> tuple[Rows, Rows]:
-    """Draws an epoch: the order of the samples, and the view of each.
+    """Draw an epoch: the order of the samples, and the view of each.
 
     Args:
         n_samples: Samples of the split.
@@ -44,13 +44,13 @@ def epoch_draw(n_samples: int, n_views: int, *, seed: int, epoch: int, blocks: R
 
 
 def block_starts(rows: Rows, block_rows: int) -> Rows:
-    """Returns where blocks start among samples at ascending `rows`, and at the end the number of samples."""
+    """Return where blocks start among samples at ascending `rows`, and at the end the number of samples."""
     changes = np.flatnonzero(np.diff(rows // block_rows)) + 1
     return np.concatenate([[0], changes, [len(rows)]])
 
 
-def batch_cuts(n_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Rows:
-    """Cuts the places of an epoch's order into the batches of one process.
+def batch_bounds(n_samples: int, *, batch_size: int, rank: int = 0, world_size: int = 1) -> Rows:
+    """Cut the places of an epoch's order into the batches of one process.
 
     A global batch is `batch_size · world_size` consecutive places, and each process takes its consecutive part: what
     step k learns from depends on that product alone, not on its division. The last global batch is divided as evenly
@@ -95,7 +95,7 @@ class Mixing:
 
 
 def block_mixing(blocks: Rows, batch_size: int) -> Mixing:
-    """Says how far the block shuffle over `blocks`, as `block_starts` gives them, is from a uniform one."""
+    """Say how far the block shuffle over `blocks`, as `block_starts` gives them, is from a uniform one."""
     n_samples, n_blocks = int(blocks[-1]), len(blocks) - 1
     pools = np.concatenate([[0], np.cumsum([len(pool) for pool in _pools(np.arange(n_blocks), blocks)])])
     bounds = pools * n_samples // n_blocks
@@ -121,8 +121,8 @@ def _meeting(bounds: Rows, batch_size: int) -> np.ndarray[Any, np.dtype[np.float
 
 def _pools(order: Rows, blocks: Rows) -> list[Rows]:
     """Blocks in an order, as pools of nearly the same number of them."""
-    most = max(MIN_POOL_BLOCKS, POOL_SAMPLES // int(np.diff(blocks).max()))
-    return np.array_split(order, -(-len(order) // most))
+    largest = max(MIN_POOL_BLOCKS, POOL_SAMPLES // int(np.diff(blocks).max()))
+    return np.array_split(order, -(-len(order) // largest))
 
 
 def _block_order(blocks: Rows, rng: np.random.Generator) -> Rows:

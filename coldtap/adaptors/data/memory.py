@@ -23,7 +23,7 @@ class Residency:
 
 
 def decide_residency(n_bytes: int, *, ram_bytes: int, gpu_bytes: int = 0, asked: bool | None = None) -> Residency:
-    """Decides whether features are read once and kept, on the GPU or in RAM, or read anew for every batch.
+    """Decide whether features are read once and kept, on the GPU or in RAM, or read anew for every batch.
 
     Args:
         n_bytes: Size of the features as stored.
@@ -46,12 +46,12 @@ def decide_residency(n_bytes: int, *, ram_bytes: int, gpu_bytes: int = 0, asked:
 
 
 def available_memory_bytes() -> int:
-    """Returns the bytes this process may still take: the least of free RAM, its control group and its own limit."""
+    """Return the bytes this process may still take: the least of free RAM, its control group and its own limit."""
     return max(0, min(_free_ram_bytes(), _control_group_bytes(), _own_limit_bytes()))
 
 
 def peak_memory_bytes() -> int:
-    """Returns the largest resident size that this program ever had."""
+    """Return the largest resident size that this program ever had."""
     try:
         # ru_maxrss begins with the peak of the process that started this one; VmHWM begins anew.
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -90,14 +90,14 @@ def _control_group_bytes(groups: Path = Path("/proc/self/cgroup"), mount: Path =
 
 def _left_in_group(group: Path, limit: str, used: str) -> int:
     try:
-        most = (group / limit).read_text().strip()
+        maximum = (group / limit).read_text().strip()
         taken = int((group / used).read_text())
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
         return 2**62
     # The page cache counts as taken, and the kernel gives it back when it is asked.
     cache = sum(int(stat.get(name, 0)) for name in ("active_file", "inactive_file"))
-    return 2**62 if most == "max" else int(most) - taken + cache
+    return 2**62 if maximum == "max" else int(maximum) - taken + cache
 
 
 def _own_limit_bytes() -> int:

@@ -23,13 +23,13 @@ class RowSource(Protocol):
     """Where stored rows come from: the disk, or RAM on their way to a GPU."""
 
     def buffer(self, n_rows: int, *, pinned: bool) -> StoredBuffer:
-        """Returns room for some rows."""
+        """Return room for some rows."""
 
     def read(self, out: np.ndarray[Any, Any], rows: Rows) -> OutlyingValues:
-        """Reads rows into a part of a buffer."""
+        """Read rows into a part of a buffer."""
 
     def will_need(self, rows: Rows) -> None:
-        """Is told which rows are read next."""
+        """Prepare for the rows that are read next."""
 
 
 class ReadAhead:
@@ -40,7 +40,7 @@ class ReadAhead:
         self._on_gpu = device.type == "cuda"
 
     def features(self, batches: Iterable[Rows]) -> Generator[torch.Tensor]:
-        """Yields float32 features of each batch of row numbers, valid until the next is asked for.
+        """Yield float32 features of each batch of row numbers, valid until the next is asked for.
 
         An error of the reading thread is raised here. Leaving early ends the thread.
         """
@@ -85,7 +85,7 @@ class ReadAhead:
         yield from coming
 
     def _restored(self, stored: torch.Tensor, outlying: OutlyingValues) -> Iterator[torch.Tensor]:
-        """Yields one batch; when it goes on, the buffer of `stored` may be written again."""
+        """Yield one batch; when it goes on, the buffer of `stored` may be written again."""
         if not self._on_gpu:
             yield self._restorer.rows(stored, outlying)
             return

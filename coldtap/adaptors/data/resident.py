@@ -20,7 +20,7 @@ class HeldRows:
     """Some rows of an array, as stored, on a device."""
 
     def __init__(self, taps: StoredTaps, rows: Rows, device: torch.device) -> None:
-        """Reads the rows, whose numbers are ascending."""
+        """Read the rows, whose numbers are ascending."""
         self._taps, self._rows = taps, rows
         row_size = prod(taps.row_shape)
         per_call = min(len(rows), max(1, LOAD_BYTES // taps.bytes_per_row))
@@ -40,24 +40,24 @@ class HeldRows:
         self._outlying = _OutlyingByRow(found, len(rows), row_size)
 
     def features(self, batches: Iterable[Rows], restorer: Restorer) -> Generator[torch.Tensor]:
-        """Yields float32 features of each batch of row numbers, on this device, valid until the next is asked for."""
+        """Yield float32 features of each batch of row numbers, on this device, valid until the next is asked for."""
         for rows in batches:
             places = self._places(rows)
             index = to_device(torch.from_numpy(places), self._stored.device)
             yield restorer.chosen(self._stored, index, self._outlying.of(places))
 
     def buffer(self, n_rows: int, *, pinned: bool) -> StoredBuffer:
-        """Returns room for some rows, as `StoredTaps` does."""
+        """Return room for some rows, as `StoredTaps` does."""
         return self._taps.buffer(n_rows, pinned=pinned)
 
     def read(self, out: np.ndarray[Any, Any], rows: Rows) -> OutlyingValues:
-        """Copies rows that are kept in RAM, as `StoredTaps` reads them from disk."""
+        """Copy rows that are kept in RAM, as `StoredTaps` reads them from disk."""
         places = self._places(rows)
         np.take(self._buffer.array, places, axis=0, out=out, mode="clip")
         return self._outlying.of(places)
 
     def will_need(self, rows: Rows) -> None:
-        """Does nothing: the rows are there."""
+        """Do nothing: the rows are there."""
 
     def _places(self, rows: Rows) -> Rows:
         return np.searchsorted(self._rows, rows)

@@ -45,7 +45,7 @@ class StoredTaps:
     """
 
     def __init__(self, store: Store, spec: FeatureSpec, maps: TapMaps | None = None) -> None:
-        """Holds the array; `maps` are of the taps of `spec`, and are applied to what is restored."""
+        """Hold the array; `maps` are of the taps of `spec`, and are applied to what is restored."""
         self._array, self._maps = store.arrays[spec.array], maps
         self._taps = spec.taps if self._array.spec.gathered_as.has_tap_axis else None
         self.row_shape = spec.row_shape
@@ -53,13 +53,13 @@ class StoredTaps:
         self.bytes_per_row = prod(spec.row_shape) * self.dtype.itemsize
 
     def buffer(self, n_rows: int, *, pinned: bool = False) -> StoredBuffer:
-        """Returns room for some rows; pinned memory is what a GPU copies from without waiting."""
+        """Return room for some rows; pinned memory is what a GPU copies from without waiting."""
         tensor = torch.empty(n_rows, *self.row_shape, dtype=self.dtype, pin_memory=pinned)
         bits = tensor.view(torch.uint16) if self.dtype == torch.bfloat16 else tensor
         return StoredBuffer(bits.numpy(), tensor)
 
     def read(self, out: np.ndarray[Any, Any], rows: Rows) -> OutlyingValues:
-        """Reads rows into a part of a buffer; returns the values that its codes do not hold."""
+        """Read rows into a part of a buffer; return the values that its codes do not hold."""
         outlying = self._array.read_stored_into(out, rows, self._taps)
         return outlying if self._maps is None else self._mapped(outlying, self._maps)
 
@@ -72,11 +72,11 @@ class StoredTaps:
         return OutlyingValues(position=outlying.position, value=value)
 
     def will_need(self, rows: Rows) -> None:
-        """Tells the kernel that these rows are read next."""
+        """Tell the kernel that these rows are read next."""
         self._array.will_need(rows, self._taps)
 
     def factors(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Returns what stored numbers are multiplied with, and what is added then; None where there is nothing to do.
+        """Return what stored numbers are multiplied with, and what is added then; None where there is nothing to do.
 
         Both broadcast over a row.
         """
@@ -107,7 +107,7 @@ def over_row(values: Floats, row_shape: tuple[int, ...]) -> torch.Tensor: ...
 @overload
 def over_row(values: None, row_shape: tuple[int, ...]) -> None: ...
 def over_row(values: Floats | None, row_shape: tuple[int, ...]) -> torch.Tensor | None:
-    """Returns (tap, channel) as (tap, 1, channel); for `sum`, which has no tap axis, as (1, channel)."""
+    """Return (tap, channel) as (tap, 1, channel); for `sum`, which has no tap axis, as (1, channel)."""
     return None if values is None else torch.from_numpy(values.reshape(*row_shape[:-2], 1, values.shape[-1]))
 
 
@@ -125,7 +125,7 @@ class Restorer:
         self._gathered = torch.empty(min(self._part, batch_size), *taps.row_shape, dtype=taps.dtype, device=device)
 
     def rows(self, stored: torch.Tensor, outlying: OutlyingValues) -> torch.Tensor:
-        """Restores every row of `stored`: float32 of its shape."""
+        """Restore every row of `stored`: float32 of its shape."""
         if self._as_stored:
             return stored
         for part in self._parts(len(stored)):
@@ -133,7 +133,7 @@ class Restorer:
         return self._with(outlying, len(stored))
 
     def chosen(self, stored: torch.Tensor, index: torch.Tensor, outlying: OutlyingValues) -> torch.Tensor:
-        """Restores the rows of `stored` at `index` (on its device); outlying values are by place in the result."""
+        """Restore the rows of `stored` at `index` (on its device); outlying values are by place in the result."""
         if self._as_stored:
             return torch.index_select(stored, 0, index, out=self._out[: len(index)])
         for part in self._parts(len(index)):

@@ -11,18 +11,18 @@ from coldtap.stores.format.types import IGNORED
 
 
 def class_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Returns the cross-entropy of each sample (sample,): logits (sample, class), targets (sample,) int64."""
+    """Return the cross-entropy of each sample (sample,): logits (sample, class), targets (sample,) int64."""
     return F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
 
 
 def label_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Returns the mean binary cross-entropy of each sample's labels (sample,): both arguments (sample, class)."""
+    """Return the mean binary cross-entropy of each sample's labels (sample,): both arguments (sample, class)."""
     smooth = targets.to(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
     return F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").mean(dim=-1)
 
 
 def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Returns the cross-entropy of each token, 0 where it is ignored (sample, patch): logits (sample, patch, class)."""
+    """Return the cross-entropy of each token, 0 where it is ignored (sample, patch): logits (sample, patch, class)."""
     flat = F.cross_entropy(
         logits.flatten(0, -2),
         targets.flatten(),
@@ -35,5 +35,5 @@ def token_losses(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) 
 
 
 def mean_over_known(losses: Tensor, targets: Tensor) -> Tensor:
-    """Returns each sample's mean loss over the tokens that are not ignored (sample,); 0 where all of them are."""
+    """Return each sample's mean loss over the tokens that are not ignored (sample,); 0 where all of them are."""
     return losses.sum(dim=-1) / (targets != IGNORED).sum(dim=-1).clamp(min=1)

@@ -34,11 +34,11 @@ class TrialRows:
     probability: Floats | None
 
 
-class Tally(Protocol):
+class Metrics(Protocol):
     """Evaluates several trials at once over the batches of a split."""
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Counts a batch, and waits for no device.
+        """Count a batch, and wait for no device.
 
         Args:
             logits: (trial, sample, class), or (trial, sample, patch, class).
@@ -46,13 +46,13 @@ class Tally(Protocol):
         """
 
     def scores(self) -> list[dict[str, float]]:
-        """Returns each trial's scores by name, the deciding one first."""
+        """Return each trial's scores by name, the deciding one first."""
 
     def losses(self) -> list[float]:
-        """Returns each trial's mean loss a sample (nats); of token classes, a token that is not ignored."""
+        """Return each trial's mean loss a sample (nats); of token classes, a token that is not ignored."""
 
     def rows(self) -> list[TrialRows]:
-        """Returns what each trial said of each sample, of a tally that was asked to keep it."""
+        """Return what each trial said of each sample, of metrics that were asked to keep it."""
 
 
 class ClassCounts:
@@ -65,16 +65,16 @@ class ClassCounts:
         self._n_classes = n_classes
 
     def add(self, classes: Tensor, counted: Tensor) -> None:
-        """Counts classes (trial, ·) where `counted`; `bincount` would wait to learn how many there are."""
+        """Count classes (trial, ·) where `counted`; `bincount` would wait to learn how many there are."""
         places = (torch.where(counted, classes, self._n_classes) + self._starts).flatten()
         self._counts.index_add_(0, places, torch.ones_like(places))
 
     def get(self) -> Integers:
-        """Returns the counts."""
+        """Return the counts."""
         return self._counts.view(-1, self._n_classes + 1)[:, :-1].cpu().numpy()
 
 
-class ClassTally:
+class ClassMetrics:
     """Accuracy over all samples (`top1`), and its mean over the classes that occur (`mean_class`)."""
 
     def __init__(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> None:
@@ -85,7 +85,7 @@ class ClassTally:
 
     @torch.no_grad()
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Counts a batch: logits (trial, sample, class), targets (sample,)."""
+        """Count a batch: logits (trial, sample, class), targets (sample,)."""
         logits = logits.float()
         predicted = logits.argmax(dim=-1)
         expected = targets.expand_as(predicted)
@@ -97,7 +97,7 @@ class ClassTally:
             self._rows.append((losses, expected, predicted, logits.softmax(dim=-1).amax(dim=-1)))
 
     def scores(self) -> list[dict[str, float]]:
-        """Returns `top1` and `mean_class` of each trial."""
+        """Return `top1` and `mean_class` of each trial."""
         right, there = self._right.get(), self._there.get()[0]
         by_class = right[:, there > 0] / there[there > 0]
         return [
@@ -106,18 +106,18 @@ class ClassTally:
         ]
 
     def losses(self) -> list[float]:
-        """Returns each trial's mean loss a sample (nats)."""
+        """Return each trial's mean loss a sample (nats)."""
         return _means(self._loss, int(self._there.get().sum()))
 
     def rows(self) -> list[TrialRows]:
-        """Returns what each trial said of each sample."""
+        """Return what each trial said of each sample."""
         return [
             TrialRows(losses=losses, targets=targets, predicted=predicted, probability=probability)
             for losses, targets, predicted, probability in _by_trial(self._rows)
         ]
 
 
-class LabelsTally:
+class LabelsMetrics:
     """Mean average precision over the labels that occur (`mAP`), and F1 at a probability of one half.
 
     `micro_F1` takes all decisions together, `macro_F1` is the mean over the labels that occur. Where no label
@@ -130,21 +130,21 @@ class LabelsTally:
 
     @torch.no_grad()
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Keeps a batch: logits (trial, sample, class), targets (sample, class)."""
+        """Keep a batch: logits (trial, sample, class), targets (sample, class)."""
         logits = logits.float()
         expected = targets.bool().expand_as(logits)
         self._rows.append((label_losses(logits, expected), expected, logits.clone()))
 
     def scores(self) -> list[dict[str, float]]:
-        """Returns `mAP`, `micro_F1` and `macro_F1` of each trial."""
+        """Return `mAP`, `micro_F1` and `macro_F1` of each trial."""
         return [_label_scores(targets, logits) for _, targets, logits in _by_trial(self._rows)]
 
     def losses(self) -> list[float]:
-        """Returns each trial's mean loss a sample (nats)."""
+        """Return each trial's mean loss a sample (nats)."""
         return [float(losses.mean(dtype=np.float64)) for losses, *_ in _by_trial(self._rows)]
 
     def rows(self) -> list[TrialRows]:
-        """Returns what each trial said of each sample."""
+        """Return what each trial said of each sample."""
         return [
             TrialRows(
                 losses=losses,
@@ -157,7 +157,7 @@ class LabelsTally:
 
 
 def _label_scores(targets: np.ndarray[Any, np.dtype[np.bool_]], logits: Floats) -> dict[str, float]:
-    """Scores of one trial: both arguments (sample, class)."""
+    """Return the scores of one trial: both arguments (sample, class)."""
     names = ("mAP", "micro_F1", "macro_F1")
     occurs = targets.any(axis=0)
     if not np.isfinite(logits).all():
@@ -176,7 +176,7 @@ def _label_scores(targets: np.ndarray[Any, np.dtype[np.bool_]], logits: Floats) 
     return dict(zip(names, map(float, scores), strict=True))
 
 
-class TokenClassTally:
+class TokenClassMetrics:
     """Intersection over union, averaged over the classes (`mIoU`), and the share of right tokens (`accuracy`).
 
     Both count over all tokens of the split that are not ignored; a class that neither occurs nor is predicted is left
@@ -192,7 +192,7 @@ class TokenClassTally:
 
     @torch.no_grad()
     def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Counts a batch: logits (trial, sample, patch, class), targets (sample, patch)."""
+        """Count a batch: logits (trial, sample, patch, class), targets (sample, patch)."""
         logits = logits.float()
         predicted = logits.argmax(dim=-1)
         expected = targets.expand_as(predicted)
@@ -207,24 +207,24 @@ class TokenClassTally:
             self._rows.append((mean_over_known(losses, expected), expected, predicted))
 
     def scores(self) -> list[dict[str, float]]:
-        """Returns `mIoU` and `accuracy` of each trial."""
+        """Return `mIoU` and `accuracy` of each trial."""
         right, there = self._right.get(), self._there.get()
         union = self._said.get() + there - right
         n_tokens = max(int(there.sum()), 1)
         return [
             {
-                "mIoU": float((hit[of > 0] / of[of > 0]).mean()) if of.any() else 0.0,
+                "mIoU": float((hit[size > 0] / size[size > 0]).mean()) if size.any() else 0.0,
                 "accuracy": float(hit.sum() / n_tokens),
             }
-            for hit, of in zip(right, union, strict=True)
+            for hit, size in zip(right, union, strict=True)
         ]
 
     def losses(self) -> list[float]:
-        """Returns each trial's mean loss a token that is not ignored (nats)."""
+        """Return each trial's mean loss a token that is not ignored (nats)."""
         return _means(self._loss, int(self._there.get().sum()))
 
     def rows(self) -> list[TrialRows]:
-        """Returns what each trial said of each sample."""
+        """Return what each trial said of each sample."""
         return [
             TrialRows(losses=losses, targets=targets, predicted=predicted, probability=None)
             for losses, targets, predicted in _by_trial(self._rows)
@@ -238,6 +238,6 @@ def _means(sums: Tensor, n: int) -> list[float]:
 
 def _by_trial(batches: list[tuple[Tensor, ...]] | None) -> list[tuple[np.ndarray[Any, Any], ...]]:
     """What was kept of each batch (trial, sample, …), put together and taken apart by trial, on the CPU."""
-    assert batches, "a tally that was asked to keep rows, after the first batch"
+    assert batches, "metrics that were asked to keep rows, after the first batch"
     columns = [torch.cat(column, dim=1).cpu().numpy() for column in zip(*batches, strict=True)]
     return list(zip(*columns, strict=True))

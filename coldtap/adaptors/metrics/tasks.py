@@ -8,16 +8,18 @@
 Logits are (sample, class), for `token-class` (sample, patch, class).
 """
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from coldtap.adaptors.metrics.losses import class_losses, label_losses, mean_over_known, token_losses
-from coldtap.adaptors.metrics.metrics import ClassTally, LabelsTally, Tally, TokenClassTally, TrialRows
+from coldtap.adaptors.metrics.metrics import ClassMetrics, LabelsMetrics, Metrics, TokenClassMetrics, TrialRows
+from coldtap.errors import MachineError
 from coldtap.stores.format.types import TargetKind
 
-__all__ = ["Tally", "TargetKind", "Task", "TrialRows", "task_of"]
+__all__ = ["Metrics", "TargetKind", "Task", "TrialRows", "require_scorer", "task_of"]
 
 
 class Task(Protocol):
@@ -32,7 +34,7 @@ class Task(Protocol):
         """Name of the deciding score."""
 
     def losses(self, logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Returns the loss of each sample (sample,), in nats.
+        """Return the loss of each sample (sample,), in nats.
 
         It may run under `torch.func.vmap` over a trial axis of `logits`.
 
@@ -43,8 +45,8 @@ class Task(Protocol):
                 the two, there or not.
         """
 
-    def tally(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Tally:
-        """Returns an empty tally; with `keep_rows` it keeps what is said of each sample."""
+    def metrics(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Metrics:
+        """Return an empty metrics; with `keep_rows` it keeps what is said of each sample."""
 
 
 class ClassTask:
@@ -54,12 +56,12 @@ class ClassTask:
     metric = "top1"
 
     def losses(self, logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Returns the cross-entropy of each sample (sample,)."""
+        """Return the cross-entropy of each sample (sample,)."""
         return class_losses(logits, targets, label_smoothing)
 
-    def tally(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Tally:
-        """Returns an empty tally."""
-        return ClassTally(n_trials=n_trials, n_classes=n_classes, device=device, keep_rows=keep_rows)
+    def metrics(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Metrics:
+        """Return an empty metrics."""
+        return ClassMetrics(n_trials=n_trials, n_classes=n_classes, device=device, keep_rows=keep_rows)
 
 
 class LabelsTask:
@@ -69,12 +71,12 @@ class LabelsTask:
     metric = "mAP"
 
     def losses(self, logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Returns the mean binary cross-entropy of each sample's labels (sample,)."""
+        """Return the mean binary cross-entropy of each sample's labels (sample,)."""
         return label_losses(logits, targets, label_smoothing)
 
-    def tally(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Tally:
-        """Returns an empty tally; it keeps the logits, and so the rows, whether asked or not."""
-        return LabelsTally()
+    def metrics(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Metrics:
+        """Return an empty metrics; it keeps the logits, and so the rows, whether asked or not."""
+        return LabelsMetrics()
 
 
 class TokenClassTask:
@@ -84,15 +86,25 @@ class TokenClassTask:
     metric = "mIoU"
 
     def losses(self, logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-        """Returns the mean cross-entropy of each sample's known tokens (sample,); 0 where all of them are ignored."""
+        """Return the mean cross-entropy of each sample's known tokens (sample,); 0 where all of them are ignored."""
         return mean_over_known(token_losses(logits, targets, label_smoothing), targets)
 
-    def tally(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Tally:
-        """Returns an empty tally."""
-        return TokenClassTally(n_trials=n_trials, n_classes=n_classes, device=device, keep_rows=keep_rows)
+    def metrics(self, *, n_trials: int, n_classes: int, device: torch.device, keep_rows: bool = False) -> Metrics:
+        """Return an empty metrics."""
+        return TokenClassMetrics(n_trials=n_trials, n_classes=n_classes, device=device, keep_rows=keep_rows)
 
 
 def task_of(kind: TargetKind) -> Task:
-    """Returns the task of a kind of target."""
+    """Return the task of a kind of target."""
     tasks: dict[TargetKind, Task] = {"class": ClassTask(), "labels": LabelsTask(), "token-class": TokenClassTask()}
     return tasks[kind]
+
+
+def require_scorer(kind: TargetKind) -> None:
+    """Refuse targets whose scores need a package that is not installed.
+
+    Raises:
+        MachineError: scikit-learn is missing, which has average precision.
+    """
+    if kind == "labels" and find_spec("sklearn") is None:
+        raise MachineError("targets of kind labels are scored with scikit-learn: pip install 'coldtap[train]'")

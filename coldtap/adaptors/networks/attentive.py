@@ -34,7 +34,7 @@ class AttentiveOptions:
 
     @property
     def is_random(self) -> bool:
-        """Whether a step draws random numbers."""
+        """Return whether a step draws random numbers."""
         return False
 
 
@@ -59,7 +59,7 @@ class AttentiveProbe(nn.Module):
         self.values = nn.Linear(channels, width, bias=False)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies one tap (batch, 1, token, channel); returns logits (batch, class)."""
+        """Classify one tap (batch, 1, token, channel); return logits (batch, class)."""
         logits: torch.Tensor = self.head.from_pooled(self.pool(features[:, 0])[:, None])
         return logits
 
@@ -73,7 +73,7 @@ class AttentiveProbe(nn.Module):
 
 
 def count_attentive(spec: FeatureSpec, options: AttentiveOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters: M · d + d²/ρ, (d/ρ + 1) · classes, and 2d, 2d/ρ for new norms."""
+    """Return the trainable parameters: M · d + d²/ρ, (d/ρ + 1) · classes, and 2d, 2d/ρ for new norms."""
     channels = spec.geometry.channels
     width = channels // options.reduction
     entry = 2 * channels * (options.norm == "new")
@@ -86,7 +86,7 @@ def _pooled_norm(options: AttentiveOptions) -> HeadNorm:
 
 
 def plan_attentive(store: Store, options: AttentiveOptions) -> tuple[FeatureSpec, AttentiveOptions]:
-    """Finds the tap in `layers`; stages of a stage network can serve.
+    """Find the tap in `layers`; stages of a stage network can serve.
 
     Raises:
         MissingFeaturesError: The store holds no `layers`, or not this tap.
@@ -104,7 +104,7 @@ def plan_attentive(store: Store, options: AttentiveOptions) -> tuple[FeatureSpec
 
 
 def build_attentive(spec: FeatureSpec, options: AttentiveOptions, *, n_classes: int) -> AttentiveProbe:
-    """Builds the probe from shapes and planned options."""
+    """Build the probe from shapes and planned options."""
     channels, final = spec.geometry.channels, spec.final_norm
     width = channels // options.reduction
     return AttentiveProbe(

@@ -9,7 +9,7 @@ from coldtap.stores.format.gathers import GATHERS, GatherName
 
 
 def find_tap(store: Store, tap: int, gathers: Sequence[GatherName], *, adaptor: str) -> tuple[StoredArray, int]:
-    """Finds one tap, of whatever geometry.
+    """Find one tap, of whatever geometry.
 
     Args:
         store: An open store.
@@ -39,7 +39,7 @@ def find_tap(store: Store, tap: int, gathers: Sequence[GatherName], *, adaptor: 
 
 
 def find_every(store: Store, gap: int, *, adaptor: str, first: int = 0) -> FeatureSpec:
-    """Finds every `gap`-th tap of `layers` up to the last, from `first` on.
+    """Find every `gap`-th tap of `layers` up to the last, from `first` on.
 
     Args:
         store: An open store.

@@ -34,7 +34,7 @@ class ComboOptions:
 
     @property
     def is_random(self) -> bool:
-        """Whether a step draws random numbers."""
+        """Return whether a step draws random numbers."""
         return self.dropout > 0
 
 
@@ -66,7 +66,7 @@ class Combo(nn.Module):
         self.head = head
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies block outputs (batch, tap, token, channel); returns logits (batch, class)."""
+        """Classify block outputs (batch, tap, token, channel); return logits (batch, class)."""
         each = self.tap_norm(features).transpose(1, 2).flatten(2)  # (batch, token, tap · channel)
         tokens = torch.cat([self.class_token.expand(each.shape[0], 1, -1), self.map(each)], dim=1)
         logits: torch.Tensor = self.head.from_pooled(self.blocks(tokens)[:, :1])
@@ -74,7 +74,7 @@ class Combo(nn.Module):
 
 
 def count_combo(spec: FeatureSpec, options: ComboOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters: (taps · d + 1) · D' for the map, D' for the class token, blocks and head."""
+    """Return the trainable parameters: (taps · d + 1) · D' for the map, D' for the class token, blocks and head."""
     width = options.width
     blocks = options.depth * block_parameters(width=width, hidden=options.hidden)
     head = head_parameters(channels=width, n_classes=n_classes, pool="patch-mean", norm="new")
@@ -82,7 +82,7 @@ def count_combo(spec: FeatureSpec, options: ComboOptions, *, n_classes: int) -> 
 
 
 def plan_combo(store: Store, options: ComboOptions) -> tuple[FeatureSpec, ComboOptions]:
-    """Chooses the taps g, 2g, … N: block outputs.
+    """Choose the taps g, 2g, … N: block outputs.
 
     Raises:
         MissingFeaturesError: The store holds no `layers`, or not these taps, or a stage network.
@@ -92,7 +92,7 @@ def plan_combo(store: Store, options: ComboOptions) -> tuple[FeatureSpec, ComboO
 
 
 def build_combo(spec: FeatureSpec, options: ComboOptions, *, n_classes: int) -> Combo:
-    """Builds the network from shapes and planned options."""
+    """Build the network from shapes and planned options."""
     width, dropout = options.width, options.dropout
     return Combo(
         blocks=[

@@ -60,7 +60,7 @@ class FeatureSpec:
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "FeatureSpec":
-        """Parses what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
+        """Parse what `to_dict` gave; a missing or unknown key is a KeyError or TypeError."""
         norm = record["final_norm"]
         parsed = {
             "taps": tuple(record["taps"]),
@@ -74,14 +74,14 @@ class Build[OptionsT](Protocol):
     """Makes an adaptor's module from shapes and planned options."""
 
     def __call__(self, spec: FeatureSpec, options: OptionsT, *, n_classes: int) -> nn.Module:
-        """Returns a module that maps features of `spec` to logits (batch, class)."""
+        """Return a module that maps features of `spec` to logits (batch, class)."""
 
 
 class Count[OptionsT](Protocol):
     """The closed form of an adaptor's trainable parameters."""
 
     def __call__(self, spec: FeatureSpec, options: OptionsT, *, n_classes: int) -> int:
-        """Returns the trainable parameters of the module that `build` makes of the same arguments."""
+        """Return the trainable parameters of the module that `build` makes of the same arguments."""
 
 
 @runtime_checkable
@@ -89,7 +89,7 @@ class Penalised(Protocol):
     """A module that adds a term of its own to the loss."""
 
     def penalty(self) -> torch.Tensor:
-        """Returns what a step adds to the mean loss (nats)."""
+        """Return what a step adds to the mean loss (nats)."""
 
 
 @runtime_checkable
@@ -97,11 +97,11 @@ class EpochAware(Protocol):
     """A module that changes as training goes on; what it changes must be in its state dict."""
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Is called before the first step of an epoch, from 1 to `epochs`; not again when an epoch is gone on with."""
+        """Prepare for an epoch, from 1 to `epochs`, before its first step; not again when it is gone on with."""
 
 
 def any_gather(_: object) -> tuple[GatherName, ...]:
-    """Returns all gathers: for an adaptor that does not say which it reads."""
+    """Return all gathers: for an adaptor that does not say which it reads."""
     return tuple(GATHERS)
 
 
@@ -127,17 +127,17 @@ class AdaptorKind[OptionsT]:
 
 
 def arrays_of(store: Store, gather: GatherName) -> list[StoredArray]:
-    """Returns a store's arrays of one gather."""
+    """Return a store's arrays of one gather."""
     return [array for array in store.arrays.values() if array.gather == gather]
 
 
 def describe_gathers(store: Store) -> str:
-    """Says which gathers a store holds, for messages: `sum, pooled`."""
+    """Say which gathers a store holds, for messages: `sum, pooled`."""
     return ", ".join(gather for gather in GATHERS if arrays_of(store, gather)) or "no features"
 
 
 def refuse_stage_network(store: Store, *, adaptor: str) -> None:
-    """Refuses a store whose taps are stages, whichever of them it keeps.
+    """Refuse a store whose taps are stages, whichever of them it keeps.
 
     Raises:
         MissingFeaturesError: The backbone is a stage network, such as Swin, ConvNeXt or ResNet.
@@ -151,7 +151,7 @@ def refuse_stage_network(store: Store, *, adaptor: str) -> None:
 
 
 def spec_of(store: Store, array: StoredArray, taps: tuple[int, ...]) -> FeatureSpec:
-    """Describes some taps of a stored array."""
+    """Describe some taps of a stored array."""
     return FeatureSpec(
         array=array.name,
         gather=array.gather,
@@ -172,7 +172,7 @@ def _final_norm(norm: FinalNorm | None, array: StoredArray) -> NormSpec | None:
 
 
 def copy_final_norm(module: nn.Module, norm: FinalNorm | None) -> None:
-    """Copies the store's final norm into every frozen norm of a freshly built adaptor."""
+    """Copy the store's final norm into every frozen norm of a freshly built adaptor."""
     for part in module.modules():
         if isinstance(part, FrozenNorm) and norm is not None:
             for target, values in ((part.weight, norm.weight), (part.bias, norm.bias)):

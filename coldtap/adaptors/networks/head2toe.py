@@ -45,7 +45,7 @@ class Head2ToeOptions:
 
     @property
     def is_random(self) -> bool:
-        """Whether a step draws random numbers."""
+        """Return whether a step draws random numbers."""
         return False
 
 
@@ -74,7 +74,7 @@ class Head2Toe(nn.Module):
         self.register_buffer("selecting", torch.ones(1))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies pooled taps (batch, tap, prefix + 1, channel); returns logits (batch, class)."""
+        """Classify pooled taps (batch, tap, prefix + 1, channel); return logits (batch, class)."""
         if self.options.scaling == "unit":
             scaled = F.normalize(features, dim=-1)
         else:
@@ -83,11 +83,11 @@ class Head2Toe(nn.Module):
         return logits
 
     def penalty(self) -> torch.Tensor:
-        """Returns λ · Σ_f ‖W[:, f]‖ (nats) before the selection, 0 after it."""
+        """Return λ · Σ_f ‖W[:, f]‖ (nats) before the selection, 0 after it."""
         return self.selecting[0] * (self.options.lasso * self._scores().sum())
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
-        """Selects before the first epoch that lies past the share `select_after`, but never before epoch 2."""
+        """Select before the first epoch that lies past the share `select_after`, but never before epoch 2."""
         first = max(2, int(self.options.select_after * epochs) + 1)
         if epoch < first or not self.selecting.item():
             return
@@ -103,17 +103,17 @@ class Head2Toe(nn.Module):
 
 
 def n_features(spec: FeatureSpec) -> int:
-    """Returns the features that the pooled tokens of all taps have together: taps · (prefix + 1) · d."""
+    """Return the features that the pooled tokens of all taps have together: taps · (prefix + 1) · d."""
     return len(spec.taps) * (spec.geometry.prefix_tokens + 1) * spec.geometry.channels
 
 
 def count_head2toe(spec: FeatureSpec, options: Head2ToeOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters: (taps · (prefix + 1) · d + 1) · classes, the unselected ones too."""
+    """Return the trainable parameters: (taps · (prefix + 1) · d + 1) · classes, the unselected ones too."""
     return head_parameters(channels=n_features(spec), n_classes=n_classes, pool="patch-mean", norm="none")
 
 
 def plan_head2toe(store: Store, options: Head2ToeOptions) -> tuple[FeatureSpec, Head2ToeOptions]:
-    """Takes every tap that `pooled` holds.
+    """Take every tap that `pooled` holds.
 
     Raises:
         MissingFeaturesError: The store holds no `pooled`, or a stage network.
@@ -129,7 +129,7 @@ def plan_head2toe(store: Store, options: Head2ToeOptions) -> tuple[FeatureSpec, 
 
 
 def build_head2toe(spec: FeatureSpec, options: Head2ToeOptions, *, n_classes: int) -> Head2Toe:
-    """Builds the classifier from shapes and options."""
+    """Build the classifier from shapes and options."""
     features = n_features(spec)
     head = ClassifierHead(channels=features, n_classes=n_classes, tokens=1, prefix_tokens=0, norm="none")
     return Head2Toe(head=head, features=features, options=options)

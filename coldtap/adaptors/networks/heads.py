@@ -28,14 +28,14 @@ class FrozenNorm(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalises the channels, the last axis of `x`."""
+        """Normalise the channels, the last axis of `x`."""
         if self.kind == "rms_norm":
             return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps) + self.bias
         return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
 
 
 def build_norm(norm: HeadNorm, *, channels: int, kind: NormKind = "layer_norm", eps: float = 1e-6) -> nn.Module:
-    """Returns a norm over the channels: the backbone's, of that kind and eps, a new one, or none."""
+    """Return a norm over the channels: the backbone's, of that kind and eps, a new one, or none."""
     if norm == "backbone":
         return FrozenNorm(channels, kind=kind, eps=eps)
     return nn.LayerNorm(channels, eps=1e-6) if norm == "new" else nn.Identity()
@@ -70,7 +70,7 @@ class ClassifierHead(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Classifies tokens (batch, token, channel); returns logits (batch, class), or (batch, patch, class)."""
+        """Classify tokens (batch, token, channel); return logits (batch, class), or (batch, patch, class)."""
         if self.pool == "tokens":
             each: torch.Tensor = self.classifier(self.norm(x[:, self.prefix_tokens :]))
             return each
@@ -80,7 +80,7 @@ class ClassifierHead(nn.Module):
         return self._classify(torch.cat([x[:, : self.prefix_tokens], patches], dim=1))
 
     def from_pooled(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Classifies the `pooled` gather: (batch, prefix + 1, channel), the last position the patch mean.
+        """Classify the `pooled` gather: (batch, prefix + 1, channel), the last position the patch mean.
 
         With `norm_at="before"` this would be another function than `forward` (the mean of normalised tokens is
         not the normalised mean); builders must not ask for it.
@@ -107,6 +107,6 @@ class ClassifierHead(nn.Module):
 
 
 def head_parameters(*, channels: int, n_classes: int, pool: Pool, norm: HeadNorm) -> int:
-    """Returns the trainable parameters of a head; the backbone's own norm counts as none."""
+    """Return the trainable parameters of a head; the backbone's own norm counts as none."""
     width = channels * (2 if pool == "both" else 1)
     return (width + 1) * n_classes + 2 * channels * (norm == "new")

@@ -20,7 +20,7 @@ ADAPTORS: dict[str, AdaptorKind[Any]] = {
 
 
 def adaptor_kind(name: str) -> AdaptorKind[Any]:
-    """Returns the adaptor of a name: one of coldtap's own, or `module:NAME`, an `AdaptorKind` in an importable module.
+    """Return the adaptor of a name: one of coldtap's own, or `module:NAME`, an `AdaptorKind` in an importable module.
 
     Raises:
         OptionError: There is no such adaptor.

@@ -34,7 +34,7 @@ class LadderOptions(HeadOptions):
 
     @property
     def is_random(self) -> bool:
-        """Whether a step draws random numbers."""
+        """Return whether a step draws random numbers."""
         return self.dropout > 0
 
 
@@ -69,7 +69,7 @@ class Ladder(nn.Module):
         self.head = head
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies the taps z_0 … z_m (batch, tap, token, channel); returns logits (batch, class)."""
+        """Classify the taps z_0 … z_m (batch, tap, token, channel); return logits (batch, class)."""
         h = self.down[0](self.tap_norm(features[:, 0]))
         kept = torch.sigmoid(self.gates / self.temperature)
         for i, (down, block) in enumerate(zip(self.down[1:], self.blocks, strict=True)):
@@ -79,7 +79,7 @@ class Ladder(nn.Module):
 
 
 def count_ladder(spec: FeatureSpec, options: LadderOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters, w = d / reduction.
+    """Return the trainable parameters, w = d / reduction.
 
     (m + 1) · (d + 1) · w down, m gates, m blocks, 2w for the norm, (w + 1) · d up, and the head.
     """
@@ -91,7 +91,7 @@ def count_ladder(spec: FeatureSpec, options: LadderOptions, *, n_classes: int) -
 
 
 def plan_ladder(store: Store, options: LadderOptions) -> tuple[FeatureSpec, LadderOptions]:
-    """Chooses the taps 0, g, 2g, … N.
+    """Choose the taps 0, g, 2g, … N.
 
     Raises:
         MissingFeaturesError: The store holds no `layers`, or not these taps, or a stage network.
@@ -107,7 +107,7 @@ def plan_ladder(store: Store, options: LadderOptions) -> tuple[FeatureSpec, Ladd
 
 
 def build_ladder(spec: FeatureSpec, options: LadderOptions, *, n_classes: int) -> Ladder:
-    """Builds the network from shapes and planned options."""
+    """Build the network from shapes and planned options."""
     width = spec.geometry.channels // options.reduction
     hidden = options.mlp_ratio * width
     return Ladder(

@@ -58,12 +58,12 @@ class Last(nn.Module):
         self.recursion, self.bias_correction = recursion, bias_correction
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies the taps z_0 … z_m (batch, tap, token, channel); returns logits (batch, class)."""
+        """Classify the taps z_0 … z_m (batch, tap, token, channel); return logits (batch, class)."""
         logits: torch.Tensor = self.head(self.represent(features))
         return logits
 
     def represent(self, features: torch.Tensor) -> torch.Tensor:
-        """Runs the recursion over the taps (batch, tap, token, channel); returns (batch, token, channel)."""
+        """Run the recursion over the taps (batch, tap, token, channel); return (batch, token, channel)."""
         if can_run_groups(features):
             lead = 2 if self.recursion == "B" else 1
             return run_groups(list(self.groups), features, lead=lead, corrected=self.bias_correction)
@@ -77,14 +77,14 @@ class Last(nn.Module):
 
 
 def count_last(spec: FeatureSpec, options: LastOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters: m · T · (4dr + 2d), and the head."""
+    """Return the trainable parameters: m · T · (4dr + 2d), and the head."""
     depth = (len(spec.taps) - 1) * options.modules
     head = count_head(spec, options, n_classes=n_classes)
     return count_stack(options, channels=spec.geometry.channels, depth=depth) + head
 
 
 def plan_last(store: Store, options: LastOptions) -> tuple[FeatureSpec, LastOptions]:
-    """Chooses the taps 0, g, 2g, … N.
+    """Choose the taps 0, g, 2g, … N.
 
     Raises:
         MissingFeaturesError: The store holds no `layers`, or not these taps, or a stage network.
@@ -96,7 +96,7 @@ def plan_last(store: Store, options: LastOptions) -> tuple[FeatureSpec, LastOpti
 
 
 def build_last(spec: FeatureSpec, options: LastOptions, *, n_classes: int) -> Last:
-    """Builds the network from shapes and planned options."""
+    """Build the network from shapes and planned options."""
     groups = [
         lsa_stack(options, channels=spec.geometry.channels, depth=options.modules) for _ in range(len(spec.taps) - 1)
     ]

@@ -33,7 +33,7 @@ class LinearProbe(nn.Module):
         self.head, self.pooled = head, pooled
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies one tap.
+        """Classify one tap.
 
         Args:
             features: `pooled` (batch, 1, prefix + 1, channel) or `layers` (batch, 1, token, channel).
@@ -47,19 +47,19 @@ class LinearProbe(nn.Module):
 
 
 def count_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters: (d + 1) · classes, d doubled by pool=both, and 2d for a new norm."""
+    """Return the trainable parameters: (d + 1) · classes, d doubled by pool=both, and 2d for a new norm."""
     return count_head(spec, options, n_classes=n_classes)
 
 
 def gathers_linear(options: LinearOptions) -> tuple[GatherName, ...]:
-    """Returns `pooled`, or `layers` where every token is looked at."""
+    """Return `pooled`, or `layers` where every token is looked at."""
     # The mean of normalised tokens cannot be had from a stored mean.
     every_token = options.pool == "tokens" or (options.norm_at == "before" and options.norm != "none")
     return ("layers",) if every_token else ("pooled",)
 
 
 def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, LinearOptions]:
-    """Chooses the array that holds the tap: `pooled` if it can serve, else `layers`.
+    """Choose the array that holds the tap: `pooled` if it can serve, else `layers`.
 
     Raises:
         MissingFeaturesError: Neither holds the tap.
@@ -74,7 +74,7 @@ def plan_linear(store: Store, options: LinearOptions) -> tuple[FeatureSpec, Line
 
 
 def build_linear(spec: FeatureSpec, options: LinearOptions, *, n_classes: int) -> LinearProbe:
-    """Builds the probe from shapes and planned options."""
+    """Build the probe from shapes and planned options."""
     return LinearProbe(head=build_head(spec, options, n_classes=n_classes), pooled=GATHERS[spec.gather].has_patch_mean)
 
 

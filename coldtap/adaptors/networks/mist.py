@@ -50,12 +50,12 @@ class Mist(nn.Module):
         self.stack, self.head = stack, head
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Classifies the summed taps (batch, token, channel); returns logits (batch, class)."""
+        """Classify the summed taps (batch, token, channel); return logits (batch, class)."""
         logits: torch.Tensor = self.head(self.represent(features))
         return logits
 
     def represent(self, features: torch.Tensor) -> torch.Tensor:
-        """Runs the modules over the summed taps (batch, token, channel); returns the same shape."""
+        """Run the modules over the summed taps (batch, token, channel); return the same shape."""
         if can_run_groups(features):
             entry = self.entry if isinstance(self.entry, nn.LayerNorm) else None
             return run_groups([self.stack], features.unsqueeze(1), lead=1, corrected=False, entry=entry)
@@ -64,7 +64,7 @@ class Mist(nn.Module):
 
 
 def count_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters: depth · (4dr + 2d), 2d for the entry's norm, and the head."""
+    """Return the trainable parameters: depth · (4dr + 2d), 2d for the entry's norm, and the head."""
     channels = spec.geometry.channels
     entry = 2 * channels * options.entry_norm
     return (
@@ -75,7 +75,7 @@ def count_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> in
 
 
 def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOptions]:
-    """Chooses the stored sum S_k.
+    """Choose the stored sum S_k.
 
     Raises:
         MissingFeaturesError: The store holds no sum, or not at k, or a stage network.
@@ -101,7 +101,7 @@ def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOpti
 
 
 def build_mist(spec: FeatureSpec, options: MistOptions, *, n_classes: int) -> Mist:
-    """Builds the network from shapes and planned options."""
+    """Build the network from shapes and planned options."""
     channels = spec.geometry.channels
     stack = lsa_stack(options, channels=channels, depth=options.depth)
     head = build_head(spec, options, n_classes=n_classes)

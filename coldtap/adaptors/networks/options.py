@@ -14,7 +14,7 @@ TRUTHS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0"
 
 
 def parse_options[OptionsT](options_type: type[OptionsT], settings: Mapping[str, object], *, adaptor: str) -> OptionsT:
-    """Builds an adaptor's options from settings such as `{"rank": "4"}`.
+    """Build an adaptor's options from settings such as `{"rank": "4"}`.
 
     Values may be text, as the command line has them, or Python values, as the API and `run.json` have them; both
     take the same path, so that both give the same errors.
@@ -42,7 +42,7 @@ def parse_options[OptionsT](options_type: type[OptionsT], settings: Mapping[str,
 
 
 def option_defaults(options_type: type[object]) -> dict[str, object]:
-    """Returns the options of an adaptor with their defaults, in the order of definition."""
+    """Return the options of an adaptor with their defaults, in the order of definition."""
     return {field.name: field.default for field in dataclasses.fields(options_type)}  # type: ignore[arg-type]
 
 
@@ -63,7 +63,7 @@ def _parse_value(name: str, text: str, hint: Any) -> object:
 
 
 def require_at_least(minimum: int, **options: int) -> None:
-    """Checks whole numbers from below.
+    """Check whole numbers from below.
 
     Raises:
         OptionError: An option is smaller than `minimum`.
@@ -74,7 +74,7 @@ def require_at_least(minimum: int, **options: int) -> None:
 
 
 def require_probability(**options: float) -> None:
-    """Checks probabilities of dropping something: 0 included, 1 (drop everything) not.
+    """Check probabilities of dropping something: 0 included, 1 (drop everything) not.
 
     Raises:
         OptionError: An option lies outside [0, 1).
@@ -85,7 +85,7 @@ def require_probability(**options: float) -> None:
 
 
 def require_positive(**options: float) -> None:
-    """Checks numbers that must be finite and above 0.
+    """Check numbers that must be finite and above 0.
 
     Raises:
         OptionError: An option is zero, negative, infinite or NaN.

@@ -25,7 +25,7 @@ class HeadOptions:
 
     @property
     def is_random(self) -> bool:
-        """Whether a step draws random numbers."""
+        """Return whether a step draws random numbers."""
         return False
 
 
@@ -51,12 +51,12 @@ class LsaOptions(HeadOptions):
 
     @property
     def is_random(self) -> bool:
-        """Whether a step draws random numbers."""
+        """Return whether a step draws random numbers."""
         return self.dropout > 0 or self.drop_path > 0
 
 
 def settle_head[OptionsT: HeadOptions](options: OptionsT, spec: FeatureSpec, *, prefer_backbone: bool) -> OptionsT:
-    """Checks the head's options against the features, and settles `norm=auto`.
+    """Check the head's options against the features, and settle `norm=auto`.
 
     Args:
         options: The adaptor's options.
@@ -80,7 +80,7 @@ def settle_head[OptionsT: HeadOptions](options: OptionsT, spec: FeatureSpec, *, 
 
 
 def build_head(spec: FeatureSpec, options: HeadOptions, *, n_classes: int) -> ClassifierHead:
-    """Builds the head from shapes and settled options."""
+    """Build the head from shapes and settled options."""
     final = spec.final_norm
     return ClassifierHead(
         channels=spec.geometry.channels,
@@ -96,20 +96,20 @@ def build_head(spec: FeatureSpec, options: HeadOptions, *, n_classes: int) -> Cl
 
 
 def count_head(spec: FeatureSpec, options: HeadOptions, *, n_classes: int) -> int:
-    """Returns the trainable parameters of the head that `build_head` makes."""
+    """Return the trainable parameters of the head that `build_head` makes."""
     return head_parameters(
         channels=spec.geometry.channels, n_classes=n_classes, pool=options.pool, norm=settled_norm(options)
     )
 
 
 def settled_norm(options: HeadOptions) -> HeadNorm:
-    """Returns the head's norm from options that `settle_head` has settled."""
+    """Return the head's norm from options that `settle_head` has settled."""
     assert options.norm != "auto", "the options were not planned"
     return options.norm
 
 
 def lsa_stack(options: LsaOptions, *, channels: int, depth: int) -> nn.Sequential:
-    """Builds `depth` LSA modules in a row."""
+    """Build `depth` LSA modules in a row."""
     return nn.Sequential(
         *(
             LowRankAttention(
@@ -129,6 +129,6 @@ def lsa_stack(options: LsaOptions, *, channels: int, depth: int) -> nn.Sequentia
 
 
 def count_stack(options: LsaOptions, *, channels: int, depth: int) -> int:
-    """Returns the parameters of the stack that `lsa_stack` builds."""
+    """Return the parameters of the stack that `lsa_stack` builds."""
     one = lsa_parameters(channels=channels, rank=options.rank, norm=options.lsa_norm, bias=options.bias)
     return depth * one

@@ -52,7 +52,7 @@ class AdaptorTests:
             yield
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Runs each test that has a `setting` with each of the settings."""
+        """Run each test that has a `setting` with each of the settings."""
         if "setting" in metafunc.fixturenames:
             names = [",".join(f"{key}={value}" for key, value in each.items()) or "defaults" for each in self.settings]
             metafunc.parametrize("setting", self.settings, ids=names)
@@ -209,7 +209,7 @@ class AdaptorTests:
     def assert_same_after_round_trip(
         self, store: Store, setting: Mapping[str, object], module: nn.Module, spec: FeatureSpec
     ) -> nn.Module:
-        """Saves a network, loads it into another one, compares their logits, and returns the other."""
+        """Save a network, load it into another one, compare their logits, and return the other."""
         _, fresh = self.built(store, setting)
         fresh.load_state_dict(load(save(module.state_dict())))
         features = features_of(spec)

@@ -32,7 +32,7 @@ class TransformerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Mixes and transforms tokens (batch, token, width); returns the same shape."""
+        """Mix and transform tokens (batch, token, width); return the same shape."""
         x = x + self._drop(self.out(self._attend(self.qkv(self.attention_norm(x)))))
         out: torch.Tensor = x + self._drop(self.mlp(self.mlp_norm(x)))
         return out
@@ -50,7 +50,7 @@ class TransformerBlock(nn.Module):
 
 
 def block_parameters(*, width: int, hidden: int) -> int:
-    """Returns the parameters of one block of width w and hidden width h: 4w² + 2wh + 9w + h.
+    """Return the parameters of one block of width w and hidden width h: 4w² + 2wh + 9w + h.
 
     They are 4w² + 4w for the attention, 2wh + h + w for the MLP, and 4w for the two norms.
     """

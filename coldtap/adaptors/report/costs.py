@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from coldtap.adaptors.report.model import RunReport
+from coldtap.adaptors.report.numbers import show_bytes, show_count, show_percent, show_seconds
 from coldtap.adaptors.report.svg import element, fit_axis, frame, line, picture
-from coldtap.adaptors.report.wording import show_bytes, show_count, show_percent, show_seconds
 
 WIDTH, HEIGHT = 340.0, 240.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 14.0, 12.0, 42.0
@@ -78,7 +78,7 @@ def draw_key(look: int) -> Markup:
 
 
 def shape(look: int, x: float, y: float) -> Markup:
-    """Marks differ in shape as well as in colour: a circle, then polygons of so many corners, turned."""
+    """Draw a mark; marks differ in shape as well as in colour: a circle, then polygons of so many corners, turned."""
     if look % N_LOOKS == 0:
         return element("circle", cx=x, cy=y, r=5.2)
     n_corners, turn = POLYGONS[look % N_LOOKS - 1]
@@ -94,7 +94,7 @@ def _mark(point: Point, at: tuple[float, float], said: str) -> Markup:
 
 
 def _frontier(places: Sequence[tuple[float, float]]) -> Markup:
-    """Runs that no run beats which costs no more: from left to right, each higher than all before."""
+    """Draw a line through the runs that none beats at no more cost: from left to right, each higher than all before."""
     best: list[tuple[float, float]] = []
     for place in sorted(places):
         if not best or place[1] < best[-1][1]:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from coldtap.adaptors.report.model import RunReport
+from coldtap.adaptors.report.numbers import show_percent
 from coldtap.adaptors.report.svg import Axis, element, fit_axis, frame, line, picture, text
-from coldtap.adaptors.report.wording import show_percent
 
 WIDTH, HEIGHT = 360.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 44.0, 10.0, 26.0, 40.0

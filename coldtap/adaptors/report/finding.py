@@ -10,7 +10,7 @@ from coldtap.errors import RunError
 
 
 def find_run_folders(paths: Sequence[Path]) -> list[Path]:
-    """Returns the run folders among `paths` and below the others, each once, sorted below each path.
+    """Return the run folders among `paths` and below the others, each once, sorted below each path.
 
     Raises:
         RunError: A path is not there.
@@ -25,7 +25,7 @@ def find_run_folders(paths: Sequence[Path]) -> list[Path]:
 
 
 def short_names(folders: Sequence[Path]) -> dict[Path, str]:
-    """Returns a name for each folder: its path below the folder that all of them share."""
+    """Return a name for each folder: its path below the folder that all of them share."""
     whole = [folder.resolve() for folder in folders]
     if not whole:
         return {}

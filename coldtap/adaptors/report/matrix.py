@@ -9,9 +9,9 @@ from markupsafe import Markup
 from coldtap.adaptors.report.model import Outcome
 from coldtap.adaptors.report.svg import element, picture, text
 
-MOST_CLASSES = 50  # beyond, a cell is smaller than a finger and a phone's memory is better spent
-MOST_WITH_COUNTS = 12  # of up to these each cell shows its number, and tells it
-MOST_PAIRS = 8
+MAX_CLASSES = 50  # beyond, a cell is smaller than a finger and a phone's memory is better spent
+MAX_WITH_COUNTS = 12  # of up to these each cell shows its number, and tells it
+MAX_PAIRS = 8
 LEVELS = 10
 WIDTH = 380.0
 LETTER = 6.2  # the width of a letter, about, in user units
@@ -42,18 +42,18 @@ def confused_pairs(outcome: Outcome) -> list[Pair]:
     names, sizes = outcome.class_names, [score.n for score in outcome.classes]
     return [
         Pair(truth=names[truth], predicted=names[predicted], n=-n, share=-n / sizes[truth])
-        for n, truth, predicted in wrong[:MOST_PAIRS]
+        for n, truth, predicted in wrong[:MAX_PAIRS]
     ]
 
 
 def draw_matrix(outcome: Outcome) -> tuple[Markup, bool] | None:
     """The matrix, and whether it is wider than a phone; None where there are too many classes."""
     n = len(outcome.class_names)
-    if outcome.confusion is None or n > MOST_CLASSES:
+    if outcome.confusion is None or n > MAX_CLASSES:
         return None
     names = [_cut(name) for name in outcome.class_names]
     room = LETTER * max(len(name) for name in names) + 10
-    with_counts = n <= MOST_WITH_COUNTS
+    with_counts = n <= MAX_WITH_COUNTS
     cell = min(40.0, (WIDTH - 1.3 * room) / n) if with_counts else 15.0
     is_flat = max(len(name) for name in names) * LETTER < cell
     left, top = room, 18.0 if is_flat else 0.95 * room

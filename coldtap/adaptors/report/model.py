@@ -133,7 +133,7 @@ class RunReport:
 
     @property
     def is_refit(self) -> bool:
-        """Whether the run learnt from val too, as the second step of a protocol does."""
+        """Return whether the run learnt from val too, as the second step of a protocol does."""
         return bool(self.settings["fit"] == "train+val")
 
 

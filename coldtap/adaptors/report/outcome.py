@@ -8,18 +8,18 @@ import numpy as np
 
 from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.adaptors.report.model import ClassScore, Confusion, Counts, Mistake, Outcome
-from coldtap.adaptors.report.wording import SPACE
+from coldtap.adaptors.report.numbers import SPACE
 from coldtap.stores.format.types import IGNORED
 
-MOST_MISTAKES = 12
+MAX_MISTAKES = 12
 THRESHOLD = 0.5  # a label counts as predicted from this probability on
-MOST_LABELS = 3  # named of one sample
+MAX_LABELS = 3  # named of one sample
 
 type Numbers = np.ndarray[Any, np.dtype[Any]]
 
 
 def single_label(split: str, class_names: tuple[str, ...], sample_ids: Sequence[str], rows: TrialRows) -> Outcome:
-    """Sums up predictions of one class a sample.
+    """Sum up predictions of one class a sample.
 
     Args:
         split: Their split.
@@ -56,7 +56,7 @@ def single_label(split: str, class_names: tuple[str, ...], sample_ids: Sequence[
 
 
 def token_classes(split: str, class_names: tuple[str, ...], sample_ids: Sequence[str], rows: TrialRows) -> Outcome:
-    """Sums up predictions of one class a patch; ignored patches do not count. Arguments as of `single_label`."""
+    """Sum up predictions of one class a patch; ignored patches do not count. Arguments as of `single_label`."""
     targets, predicted = rows.targets, _there(rows.predicted)  # (sample, patch)
     known = targets != IGNORED
     confusion = count_pairs(targets[known], predicted[known], n_classes=len(class_names))
@@ -79,7 +79,7 @@ def token_classes(split: str, class_names: tuple[str, ...], sample_ids: Sequence
 
 
 def many_labels(split: str, class_names: tuple[str, ...], sample_ids: Sequence[str], rows: TrialRows) -> Outcome:
-    """Sums up predictions of any number of labels a sample. Arguments as of `single_label`."""
+    """Sum up predictions of any number of labels a sample. Arguments as of `single_label`."""
     targets, probabilities = rows.targets, _there(rows.probability)  # (sample, class)
     wrong = np.flatnonzero(((probabilities >= THRESHOLD) != targets).any(axis=1))
     mistakes = [
@@ -119,7 +119,7 @@ def _average_precision(truth: Numbers, scores: Numbers) -> float | None:
 
 
 def count_pairs(truth: Counts, predicted: Counts, *, n_classes: int) -> Confusion:
-    """Counts each pair of true and predicted class; a dense matrix of 20,000 classes would not fit."""
+    """Count each pair of true and predicted class; a dense matrix of 20,000 classes would not fit."""
     pairs, counts = np.unique(truth * n_classes + predicted, return_counts=True)
     return Confusion(truth=pairs // n_classes, predicted=pairs % n_classes, counts=counts.astype(np.int64))
 
@@ -138,15 +138,15 @@ def _totals(confusion: Confusion, n_classes: int) -> tuple[Counts, Counts, Count
     )
 
 
-def _by_class(class_names: tuple[str, ...], n: Counts, right: Counts, of: Counts) -> tuple[ClassScore, ...]:
-    """Each class with its samples, and how many were got `right` `of` those that count."""
-    columns = zip(class_names, n.tolist(), right.tolist(), of.tolist(), strict=True)
+def _by_class(class_names: tuple[str, ...], n: Counts, right: Counts, counted: Counts) -> tuple[ClassScore, ...]:
+    """Each class with its samples, and how many were got `right` of those that are `counted`."""
+    columns = zip(class_names, n.tolist(), right.tolist(), counted.tolist(), strict=True)
     return tuple(ClassScore(name=name, n=size, score=r / o if o else None) for name, size, r, o in columns)
 
 
 def _worst(wrong: Counts, losses: Numbers) -> Counts:
     """The samples of highest loss, worst first; of equal losses, in the order of the samples."""
-    worst: Counts = wrong[np.argsort(-losses[wrong], kind="stable")][:MOST_MISTAKES]
+    worst: Counts = wrong[np.argsort(-losses[wrong], kind="stable")][:MAX_MISTAKES]
     return worst
 
 
@@ -172,8 +172,8 @@ def _likely(class_names: tuple[str, ...], probabilities: Numbers) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LABELS} more" if len(names) > MOST_LABELS else ""
-    return ", ".join(names[:MOST_LABELS]) + more or "none"
+    more = f" and {len(names) - MAX_LABELS} more" if len(names) > MAX_LABELS else ""
+    return ", ".join(names[:MAX_LABELS]) + more or "none"
 
 
 def _percent(probability: float) -> str:

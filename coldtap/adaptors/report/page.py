@@ -15,17 +15,17 @@ from markupsafe import Markup
 from coldtap.adaptors.html_page import page_environment
 from coldtap.adaptors.report.costs import COSTS, Cost, Point, choose_split, draw_cost, draw_key
 from coldtap.adaptors.report.curves import draw_losses, draw_scores
-from coldtap.adaptors.report.matrix import MOST_CLASSES, Pair, confused_pairs, draw_matrix
+from coldtap.adaptors.report.matrix import MAX_CLASSES, Pair, confused_pairs, draw_matrix
 from coldtap.adaptors.report.model import CLASS_SCORES, ClassScore, Mistake, Outcome, Report, RunReport, StoreReport
+from coldtap.adaptors.report.numbers import show_bytes, show_percent, show_seconds
 from coldtap.adaptors.report.refits import Refit, refit_of_best, refits_of
 from coldtap.adaptors.report.svg import element
 from coldtap.adaptors.report.tables import SEEDS, best_setting, differing_settings, join_settings, show_scores
-from coldtap.adaptors.report.wording import show_bytes, show_percent, show_seconds
 from coldtap.version import __version__
 
-MOST_SECTIONS = 30  # runs of a store that have a section of their own, best on val first
-MOST_IMAGE_BYTES = 1_500_000  # of the whole page, before base64
-MOST_BARS = 20
+MAX_SECTIONS = 30  # runs of a store that have a section of their own, best on val first
+MAX_IMAGE_BYTES = 1_500_000  # of the whole page, before base64
+MAX_BARS = 20
 METRICS = {"top1": "top-1 accuracy", "mAP": "mean average precision", "mIoU": "mean IoU"}
 
 
@@ -116,24 +116,24 @@ class _StoreView:
 
 def wanted_images(store: StoreReport) -> list[str]:
     """Sample ids whose images the page would show, each once, the best run's first."""
-    outcomes = [run.outcome for run in store.runs[:MOST_SECTIONS]]
+    outcomes = [run.outcome for run in store.runs[:MAX_SECTIONS]]
     shown = [outcome for outcome in outcomes if isinstance(outcome, Outcome)]
     return list(dict.fromkeys(mistake.sample_id for outcome in shown for mistake in outcome.mistakes))
 
 
 def render_page(report: Report, thumbnails: Sequence[Thumbnails]) -> str:
-    """Returns the page.
+    """Return the page.
 
     Args:
         report: What is on it.
         thumbnails: One for each store of the report.
     """
-    purse = _Purse(MOST_IMAGE_BYTES)
+    budget = _ByteBudget(MAX_IMAGE_BYTES)
     adaptors = list(dict.fromkeys(run.adaptor for run in report.runs))
     looks = {adaptor: number for number, adaptor in enumerate(adaptors)}
     counter = iter(range(1, len(report.runs) + 1))
     stores = [
-        _store_view(store, images, looks, purse, [f"run-{next(counter)}" for _ in store.runs])
+        _store_view(store, images, looks, budget, [f"run-{next(counter)}" for _ in store.runs])
         for store, images in zip(report.stores, thumbnails, strict=True)
     ]
     return (
@@ -149,7 +149,7 @@ def render_page(report: Report, thumbnails: Sequence[Thumbnails]) -> str:
     )
 
 
-class _Purse:
+class _ByteBudget:
     """What is left of the bytes that images may take."""
 
     def __init__(self, n_bytes: int) -> None:
@@ -165,7 +165,7 @@ class _Purse:
 
 def _environment() -> Environment:
     environment = page_environment(str(__package__))
-    environment.globals |= {"metrics": METRICS, "most_classes": MOST_CLASSES, "most_bars": MOST_BARS}
+    environment.globals |= {"metrics": METRICS, "most_classes": MAX_CLASSES, "most_bars": MAX_BARS}
     environment.filters |= {
         "percent": show_percent,
         "size": show_bytes,
@@ -187,7 +187,7 @@ def _title(report: Report, stores: Sequence[_StoreView]) -> str:
 
 
 def _store_view(
-    store: StoreReport, thumbnails: Thumbnails, looks: Mapping[str, int], purse: _Purse, anchors: Sequence[str]
+    store: StoreReport, thumbnails: Thumbnails, looks: Mapping[str, int], budget: _ByteBudget, anchors: Sequence[str]
 ) -> _StoreView:
     split = choose_split(store.runs)
     best = best_setting(store.runs) if len(store.runs) > 1 else ()
@@ -198,10 +198,10 @@ def _store_view(
             anchor=anchor,
             look=looks[run.adaptor],
             differs=join_settings(differs, without=() if run.is_refit else ("fit",)),
-            has_section=i < MOST_SECTIONS,
+            has_section=i < MAX_SECTIONS,
             is_best=i < len(best),
             thumbnails=thumbnails,
-            purse=purse,
+            budget=budget,
         )
         for i, (run, anchor, differs) in enumerate(zip(store.runs, anchors, differing, strict=True))
     ]
@@ -270,12 +270,12 @@ def _run_view(
     has_section: bool,
     is_best: bool,
     thumbnails: Thumbnails,
-    purse: _Purse,
+    budget: _ByteBudget,
 ) -> _RunView:
     outcome = run.outcome if has_section and isinstance(run.outcome, Outcome) else None
     pictures = (draw_losses(run), draw_scores(run)) if has_section and run.epochs else ()
     matrix = draw_matrix(outcome) if outcome else None
-    cards = _cards(outcome, thumbnails, purse) if outcome else ()
+    cards = _cards(outcome, thumbnails, budget) if outcome else ()
     return _RunView(
         run=run,
         anchor=anchor,
@@ -294,9 +294,9 @@ def _run_view(
     )
 
 
-def _cards(outcome: Outcome, thumbnails: Thumbnails, purse: _Purse) -> tuple[_Card, ...]:
+def _cards(outcome: Outcome, thumbnails: Thumbnails, budget: _ByteBudget) -> tuple[_Card, ...]:
     return tuple(
-        _Card(of=mistake, image=purse.take(thumbnails.images.get(mistake.sample_id))) for mistake in outcome.mistakes
+        _Card(of=mistake, image=budget.take(thumbnails.images.get(mistake.sample_id))) for mistake in outcome.mistakes
     )
 
 

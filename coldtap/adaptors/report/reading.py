@@ -14,7 +14,9 @@ from coldtap.adaptors.report.outcome import many_labels, single_label, token_cla
 from coldtap.adaptors.report.rerun import NOT_FLAGS, rerun_command
 from coldtap.adaptors.report.tables import by_setting
 from coldtap.adaptors.runs.predictions import read_predictions
-from coldtap.adaptors.runs.run_folder import RUN, EpochRecord, RunInfo, RunSettings, read_epochs, read_failure, read_run
+from coldtap.adaptors.runs.record import EpochRecord, RunInfo
+from coldtap.adaptors.runs.run_folder import RUN, read_epochs, read_failure, read_run
+from coldtap.adaptors.runs.settings import RunSettings
 from coldtap.errors import ColdtapError, RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.format.rows import SPLITS
@@ -31,7 +33,7 @@ class _NoEnd:
 
 
 def read_report(paths: Sequence[Path]) -> Report:
-    """Reads runs, and the runs below folders of trials, into a report.
+    """Read runs, and the runs below folders of trials, into a report.
 
     Raises:
         RunError: A path is not there, holds a damaged run of its own, or no finished run is among them.

@@ -4,14 +4,14 @@ import dataclasses
 import shlex
 from pathlib import Path
 
-from coldtap.adaptors.runs.run_folder import RunSettings
+from coldtap.adaptors.runs.settings import RunSettings
 
 NOT_FLAGS = ("adaptor", "options", "store_digest", "extractor_digest")
 PROTOCOL = ("fit", "keep")  # set by a protocol; `train-adaptor` has no flags for them
 
 
 def rerun_command(folder: Path, store: str, settings: RunSettings) -> str:
-    """Returns a command for a shell, a line a setting; the new run lies beside the first.
+    """Return a command for a shell, a line a setting; the new run lies beside the first.
 
     A run of a protocol's second step, which learns from val too, is trained by a call of the Python function.
     """

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coldtap.adaptors.report.model import RunReport
-from coldtap.adaptors.report.wording import show_percent
+from coldtap.adaptors.report.numbers import show_percent
 
 SEEDS = ("seed", "order_seed")
 
 
 def by_setting(runs: Sequence[RunReport]) -> list[tuple[RunReport, ...]]:
-    """Groups runs that differ by their seeds alone, the best mean val score first.
+    """Group runs that differ by their seeds alone, the best mean val score first.
 
     Of equals those that were refitted come first, since the search chose them. A refit follows the setting that it
     refits. Settings of which a seed has failed come after all others with val, and those without val last.
@@ -67,7 +67,7 @@ def scores_on(runs: Sequence[RunReport], split: str) -> list[float]:
 
 
 def differing_settings(runs: Sequence[RunReport]) -> list[dict[str, str]]:
-    """Returns, for each run, the settings that differ among all runs and the options that differ within its adaptor."""
+    """Return, for each run, the settings that differ among all runs and the options that differ within its adaptor."""
     settings = _differing([run.settings for run in runs])
     if all(run.settings["order_seed"] == run.settings["seed"] for run in runs):
         settings.discard("order_seed")  # nobody chose it apart

@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def table_csv(table: ResultTable) -> str:
-    """Returns a line a cell: scores in percent, those of test and val one a seed with blanks between."""
+    """Return a line a cell: scores in percent, those of test and val one a seed with blanks between."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_line, table.in_order())])
     return text.getvalue()

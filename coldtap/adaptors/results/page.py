@@ -17,7 +17,7 @@ class _Entry:
 
 
 def table_html(table: ResultTable) -> str:
-    """Returns the page; whatever comes from outside is escaped by the template engine."""
+    """Return the page; whatever comes from outside is escaped by the template engine."""
     failures = table.failures()
     template = page_environment(str(__package__)).get_template("page.html")
     return template.render(

@@ -113,20 +113,20 @@ class ResultTable:
     cells: tuple[Cell, ...]
 
     def cell(self, dataset: str, adaptor: str) -> Cell | None:
-        """Returns one cell; None where it is not done yet."""
+        """Return one cell; None where it is not done yet."""
         return next((cell for cell in self.cells if (cell.dataset, cell.adaptor) == (dataset, adaptor)), None)
 
     def in_order(self) -> list[Cell]:
-        """Returns the cells that are done, row by row."""
+        """Return the cells that are done, row by row."""
         places = [self.cell(dataset, adaptor) for dataset in self.rows_in_order() for adaptor in self.adaptors]
         return [cell for cell in places if cell is not None]
 
     def rows_in_order(self) -> list[str]:
-        """Returns the datasets in the order of VTAB's tables where all are of VTAB-1K, else as they are."""
+        """Return the datasets in the order of VTAB's tables where all are of VTAB-1K, else as they are."""
         return in_vtab_order(list(self.datasets)) or list(self.datasets)
 
     def rows(self) -> list[Row]:
-        """Returns a row a dataset."""
+        """Return a row a dataset."""
         found = []
         for dataset in self.rows_in_order():
             cells = {adaptor: self.cell(dataset, adaptor) for adaptor in self.adaptors}
@@ -136,7 +136,7 @@ class ResultTable:
         return found
 
     def means(self) -> list[Row]:
-        """Returns the means over datasets, taken a seed each; none for an adaptor that lacks one of them.
+        """Return the means over datasets, taken a seed each; none for an adaptor that lacks one of them.
 
         Scores of several metrics, as top1 and mAP, have no mean: each metric then has a row over its own datasets.
         """
@@ -161,7 +161,7 @@ class ResultTable:
         return [*rows, self._mean(_mean_of(datasets), [datasets], metric)]
 
     def failures(self) -> list[str]:
-        """Returns the reasons of cells without a result, each once, in the order of the table."""
+        """Return the reasons of cells without a result, each once, in the order of the table."""
         return list(dict.fromkeys(cell.failure for cell in self.in_order() if cell.failure))
 
     def _metrics(self) -> dict[str, list[str]]:

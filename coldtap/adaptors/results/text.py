@@ -1,22 +1,22 @@
 """The table as plain text."""
 
 from coldtap.adaptors.results.table import Cell, ResultTable, Row, Score
-from coldtap.adaptors.text_table import text_table
+from coldtap.text import text_table
+
+DETAILS = ("dataset", "adaptor", "chosen on val", "val, %", "parameters", "bytes a sample", "training, s")
 
 
 def table_text(table: ResultTable) -> str:
-    """Returns the table, what was chosen for each cell and what it cost, and why cells are empty."""
+    """Return the table, what was chosen for each cell and what it cost, and why cells are empty."""
     failures = table.failures()
+    details = [_details(cell) for cell in table.in_order() if cell.failure is None]
     header = ["test, %", "metric", *table.adaptors]
     lines = [_line(table, row, failures) for row in table.rows()]
     lines += [[row.name, row.metric, *(_score(row.scores[name]) for name in table.adaptors)] for row in table.means()]
     parts = [
         "\n".join([table.title, *table.about]),
         text_table(header, lines),
-        text_table(
-            ["dataset", "adaptor", "chosen on val", "val, %", "parameters", "bytes a sample", "training, s"],
-            [_details(cell) for cell in table.in_order() if cell.failure is None],
-        ),
+        text_table(DETAILS, details) if details else "",
         "\n".join(f"[{number}] {reason}" for number, reason in enumerate(failures, start=1)),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

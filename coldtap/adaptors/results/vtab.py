@@ -53,12 +53,12 @@ _ORDER = [name for names in GROUPS.values() for name in names]
 
 
 def vtab_name(dataset: str) -> str | None:
-    """Returns the name in `GROUPS` of a dataset, however it is spelt; None where it is none of VTAB-1K."""
+    """Return the name in `GROUPS` of a dataset, however it is spelt; None where it is none of VTAB-1K."""
     return _NAMES.get(_letters(dataset))
 
 
 def in_vtab_order(datasets: list[str]) -> list[str] | None:
-    """Returns datasets in the order of VTAB's tables; None unless all are of VTAB-1K, each once."""
+    """Return datasets in the order of VTAB's tables; None unless all are of VTAB-1K, each once."""
     names = [vtab_name(dataset) for dataset in datasets]
     if None in names or len(set(names)) < len(names):
         return None

@@ -1,10 +1,13 @@
 """The pictures of runs: losses and score over the epochs, and the epoch that was kept; of trials, all scores in one."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coldtap.adaptors.runs.run_folder import EpochRecord
+from coldtap.adaptors.runs.record import EpochRecord, RunInfo
+from coldtap.adaptors.runs.run_folder import CURVES
+from coldtap.stores.storage.atomic import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,8 +16,32 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#d9822b", "#2a8f5b", "#b0b0b0"
 
 
+def draw_run(folder: Path, info: RunInfo, epochs: Sequence[EpochRecord], note: Callable[[str], None] | None) -> None:
+    """Draw a finished run's curves into its folder, where that is possible."""
+    title = f"{info.settings.adaptor} on {Path(info.store).name}, {info.parameters:,} parameters"
+    draw_picture(
+        folder / CURVES, lambda: draw_curves(epochs, best=info.best_epoch, title=title, metric=info.metric), note
+    )
+
+
+def draw_picture(path: Path, draw: Callable[[], bytes], note: Callable[[str], None] | None) -> None:
+    """Write a picture, best effort: what it shows is written already, and no failure to draw may cost that.
+
+    Args:
+        path: Of the picture.
+        draw: Gives its bytes.
+        note: Called with a sentence where it was not drawn.
+    """
+    try:
+        write_file(path, [draw()])
+    except Exception as error:
+        mend = ": pip install 'coldtap[report]'" if isinstance(error, ImportError) else ""
+        if note is not None:
+            note(f"{path.name} was not drawn ({error}){mend}")
+
+
 def draw_curves(epochs: Sequence[EpochRecord], *, best: int, title: str, metric: str) -> bytes:
-    """Draws a run's curves; returns a PNG."""
+    """Draw a run's curves; return a PNG."""
     # Imported here: half a second that a process which never draws does not pay. Figure, not pyplot: no global state.
     from matplotlib.figure import Figure
 
@@ -47,7 +74,7 @@ def draw_curves(epochs: Sequence[EpochRecord], *, best: int, title: str, metric:
 def draw_trials(
     curves: Mapping[str, Sequence[EpochRecord]], *, chosen: Sequence[str], title: str, metric: str
 ) -> bytes:
-    """Draws the val scores of trials by name, the chosen ones in colour; returns a PNG."""
+    """Draw the val scores of trials by name, the chosen ones in colour; return a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -10,7 +10,8 @@ from torch import nn
 from coldtap.adaptors.data.compensated import Compensated, parse_maps
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options
-from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, RunInfo, read_run
+from coldtap.adaptors.runs.record import RunInfo
+from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, read_run
 from coldtap.errors import OptionError, RunError
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.compensation import TapMaps
@@ -26,7 +27,7 @@ class LoadedRun:
 
 
 def load_adaptor(folder: str | Path) -> tuple[nn.Module, RunInfo]:
-    """Loads a finished run: its module in eval mode on the CPU, and what `run.json` says.
+    """Load a finished run: its module in eval mode on the CPU, and what `run.json` says.
 
     The module maps features as `RunInfo.features` describes them, with a batch axis before `row_shape`, in float32,
     to logits (batch, class). Of a run with a compensation it applies that first: what it takes are features as the
@@ -42,7 +43,7 @@ def load_adaptor(folder: str | Path) -> tuple[nn.Module, RunInfo]:
 
 
 def load_run(folder: str | Path) -> LoadedRun:
-    """Loads the parts of a finished run.
+    """Load the parts of a finished run.
 
     Raises:
         RunError: As `load_adaptor` does.
@@ -83,7 +84,7 @@ def _read(path: Path, digest: str) -> bytes:
 
 
 def build_adaptor(info: RunInfo) -> nn.Module:
-    """Builds the untrained module of a run from what `run.json` says.
+    """Build the untrained module of a run from what `run.json` says.
 
     Raises:
         RunError: The run's adaptor or options are unknown to this coldtap.

@@ -17,7 +17,7 @@ from torch import nn
 
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.runs.load import load_adaptor
-from coldtap.adaptors.runs.run_folder import RunInfo
+from coldtap.adaptors.runs.record import RunInfo
 from coldtap.errors import MachineError, OptionError, RunError
 from coldtap.stores.format.canonical import canonical_json
 from coldtap.stores.storage.atomic import write_file
@@ -57,7 +57,7 @@ class OnnxExport:
 
 
 def export_onnx(run: str | Path, out: str | Path | None = None) -> OnnxExport:
-    """Writes the adaptor of a finished run, without the backbone, as one ONNX file: whole or not at all.
+    """Write the adaptor of a finished run, without the backbone, as one ONNX file: whole or not at all.
 
     Args:
         run: The run folder.
@@ -84,7 +84,7 @@ def export_onnx(run: str | Path, out: str | Path | None = None) -> OnnxExport:
 
 
 def metadata_of(info: RunInfo) -> dict[str, str]:
-    """Returns what an exported file says of itself: text by name, JSON where a value has parts."""
+    """Return what an exported file says of itself: text by name, JSON where a value has parts."""
     parts: dict[str, Any] = {
         "options": dict(info.settings.options),
         "features": {**info.features.to_dict(), "axes": AXES[info.features.gather]},
@@ -103,7 +103,7 @@ def metadata_of(info: RunInfo) -> dict[str, str]:
 
 
 def onnx_bytes(module: nn.Module, features: FeatureSpec, metadata: Mapping[str, str]) -> bytes:
-    """Returns a module as the bytes of a checked ONNX file.
+    """Return a module as the bytes of a checked ONNX file.
 
     Args:
         module: Maps features (batch, *row_shape) to logits; in eval mode, float32, on the CPU.
@@ -141,7 +141,7 @@ def onnx_bytes(module: nn.Module, features: FeatureSpec, metadata: Mapping[str, 
 
 
 def compare_logits(module: nn.Module, data: bytes, features: FeatureSpec) -> Agreement | None:
-    """Runs an exported file on random features beside the module; None where onnxruntime is not installed.
+    """Run an exported file on random features beside the module; None where onnxruntime is not installed.
 
     Raises:
         RunError: The logits differ by more than the order of a sum can do.
@@ -174,7 +174,7 @@ def _require_packages() -> None:
 
 
 def _remove_traces(graph: Any) -> None:
-    """Removes what the exporter notes at every node: six times the file's size, and paths of this machine."""
+    """Remove what the exporter notes at every node: six times the file's size, and paths of this machine."""
     for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         part.ClearField("metadata_props")
         part.ClearField("doc_string")

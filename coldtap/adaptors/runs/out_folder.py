@@ -12,7 +12,7 @@ from coldtap.stores.storage.atomic import machine_errors
 
 
 def make_folder(out: Path) -> None:
-    """Makes the folder of a run, or of trials.
+    """Make the folder of a run, or of trials.
 
     Raises:
         RunError: It is a store, or a file.
@@ -29,7 +29,7 @@ def make_folder(out: Path) -> None:
 
 @contextmanager
 def sole_writer(out: Path) -> Iterator[None]:
-    """Holds a folder by flock(2), so that two trainings do not write into it at a time.
+    """Hold a folder by flock(2), so that two trainings do not write into it at a time.
 
     Raises:
         RunError: Another process holds it.

@@ -38,20 +38,22 @@ _SCHEMAS: dict[TargetKind, pa.Schema] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitPredictions:
-    """What an adaptor said of one split: the samples' ids, and the rest as a tally gives it."""
+    """What an adaptor said of one split: the samples' ids, and the rest as metrics give it."""
 
     ids: Sequence[str]
     rows: TrialRows
 
 
 def write_predictions(folder: Path, kind: TargetKind, splits: Mapping[str, SplitPredictions]) -> None:
-    """Writes a run's predictions, whole or not at all; equal predictions give equal bytes.
+    """Write a run's predictions, whole or not at all; equal predictions give equal bytes.
 
     Raises:
         MachineError: The disk is full, read-only or refuses.
     """
     schema = _SCHEMAS[kind].with_metadata({"kind": kind})
-    table = pa.concat_tables([schema.empty_table(), *(_table(schema, kind, *of) for of in splits.items())])
+    table = pa.concat_tables(
+        [schema.empty_table(), *(_table(schema, kind, split, said) for split, said in splits.items())]
+    )
     sink = BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     write_file(folder / PREDICTIONS, [sink.getvalue()])
@@ -95,7 +97,7 @@ class Predictions:
     splits: Mapping[str, SplitPredictions]
 
     def split(self, name: str) -> SplitPredictions:
-        """Returns what was said of a split.
+        """Return what was said of a split.
 
         Raises:
             RunError: Nothing was.
@@ -109,7 +111,7 @@ class Predictions:
 
 
 def read_predictions(folder: Path) -> Predictions | None:
-    """Returns the predictions of a run folder; None where it has none, as those of earlier versions.
+    """Return the predictions of a run folder; None where it has none, as those of earlier versions.
 
     Raises:
         RunError: The file is damaged, or has other columns.
@@ -156,7 +158,7 @@ def _problem(table: pa.Table, kind: TargetKind) -> str | None:
     """What is wrong with the lines of a table, or None."""
     lists = {name: table[name].combine_chunks() for name in table.column_names if pa.types.is_list(table[name].type)}
     if any(table[name].null_count for name in table.column_names) or any(
-        of.flatten().null_count for of in lists.values()
+        column.flatten().null_count for column in lists.values()
     ):
         return "a value is null"
     fixed = ("probability",) if kind == "labels" else ("target", "predicted")

@@ -6,48 +6,25 @@ and the kept weights so far; in the header the settings and the epochs as JSON.
 
 import dataclasses
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from coldtap.adaptors.runs.run_folder import EpochRecord, RunSettings
-from coldtap.adaptors.training.learner import Tensors, of_prefix
+from coldtap.adaptors.runs.record import EpochRecord
+from coldtap.adaptors.runs.settings import RunSettings
+from coldtap.adaptors.training.learner import Tensors, without_prefix
+from coldtap.adaptors.training.state import TrialState
 from coldtap.errors import RunError
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.storage.atomic import TEMPORARY_SUFFIX, write_file
 
 FORMAT = 3
 CHECKPOINT = "checkpoint.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialState:
-    """One trial between two steps.
-
-    `best` is the number of the epoch whose weights are kept, 0 before there are any. A trial learns no more once it has
-    `ended`, or where `failure` says why it cannot; `seconds` is its share of the epochs so far. `loss` is the sum of
-    the samples' losses (nats) in the epoch that is begun, as text, since it may be infinite. `tensors` holds `model.*`,
-    `exp_avg.*`, `exp_avg_sq.*` (absent once it learns no more) and `kept.*`.
-    """
-
-    settings: RunSettings
-    name: str
-    records: tuple[EpochRecord, ...]
-    best: int
-    ended: bool
-    failure: str | None
-    seconds: float
-    loss: str
-    tensors: Mapping[str, torch.Tensor]
-
-    def kept(self) -> Tensors:
-        """Returns the weights that are kept so far, by name."""
-        return of_prefix(self.tensors, "kept.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +39,7 @@ class Checkpoint:
 
 
 def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Writes the checkpoint, whole or not at all.
+    """Write the checkpoint, whole or not at all.
 
     Raises:
         MachineError: The disk is full, read-only or refuses.
@@ -81,7 +58,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """Returns the checkpoint of unfinished trials, None where there is none.
+    """Return the checkpoint of unfinished trials, None where there is none.
 
     Raises:
         RunError: It is damaged or of another format version.
@@ -98,7 +75,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
             )
         if state["sha256"] != sha256(save(tensors)):
             raise ValueError("its digest does not hold")
-        trials = tuple(_trial(record, of_prefix(tensors, f"{n}.")) for n, record in enumerate(state["trials"]))
+        trials = tuple(_trial(record, without_prefix(tensors, f"{n}.")) for n, record in enumerate(state["trials"]))
         numbers = {name: state[name] for name in ("epochs", "batches", "steps", "seconds")}
         return Checkpoint(trials=trials, **numbers)
     except FileNotFoundError:
@@ -108,7 +85,7 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Removes the checkpoint of finished trials, and what a death in its writing left."""
+    """Remove the checkpoint of finished trials, and what a death in its writing left."""
     for name in (CHECKPOINT, CHECKPOINT + TEMPORARY_SUFFIX):
         (folder / name).unlink(missing_ok=True)
 
@@ -127,3 +104,43 @@ def _state_of(data: bytes) -> dict[str, Any]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     state: dict[str, Any] = json.loads(header["__metadata__"]["coldtap"])
     return state
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one pass, as often as is due.
+
+    Attributes:
+        last: The state after the last epoch, or the last one that was written inside one; None before there is any.
+    """
+
+    def __init__(self, folder: Path, found: Checkpoint | None, *, every_s: float) -> None:
+        """Begin to count.
+
+        Args:
+            folder: Where the checkpoint lies.
+            found: The one that is there.
+            every_s: Seconds between checkpoints at least, more where writing is slow.
+        """
+        self.last = self._written = found
+        self._folder, self._every_s = folder, every_s
+        self._written_at, self._write_s = time.monotonic(), 0.0
+
+    def is_due(self) -> bool:
+        """Return whether it is time to write."""
+        # Every 5 s, as is the default, a write of more than 0.25 s takes a twentieth of the time and no more.
+        return time.monotonic() - self._written_at >= self._every_s * max(1, 4 * self._write_s)
+
+    def take(self, checkpoint: Checkpoint) -> None:
+        """Remember a state, and write it if that is due."""
+        self.last = checkpoint
+        if self.is_due():
+            began = time.monotonic()
+            self.write_last()
+            self._written_at = time.monotonic()
+            self._write_s = self._written_at - began
+
+    def write_last(self) -> None:
+        """Write the last state, if it is not written."""
+        if self.last is not None and self.last is not self._written:
+            write_checkpoint(self._folder, self.last)
+            self._written = self.last

@@ -14,7 +14,9 @@ from coldtap.adaptors.data.batches import FeatureBatches
 from coldtap.adaptors.data.compensated import maps_of
 from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.runs.load import LoadedRun, load_run
-from coldtap.adaptors.runs.run_folder import RunInfo, SplitMetrics
+from coldtap.adaptors.runs.record import RunInfo, SplitMetrics
+from coldtap.adaptors.training.plan import batches_for
+from coldtap.adaptors.training.split_metrics import evaluate_split
 from coldtap.errors import MissingFeaturesError, StoreError
 from coldtap.stores import Store, open_store
 from coldtap.stores.format.compensation import TapMaps
@@ -50,7 +52,7 @@ def evaluate_adaptor(
     device: str = "auto",
     note: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Evaluates a finished run on a split of a store; nothing is written.
+    """Evaluate a finished run on a split of a store; nothing is written.
 
     Args:
         run: The run folder.
@@ -78,14 +80,13 @@ def evaluate_adaptor(
         note(f"{store.path} is of another arithmetic than {run}: {'; '.join(differences)}")
     _require_features(where, loaded.info, store)
     maps, whose = _maps(loaded, store, compensation, same_extractor=not differences)
-    batches = FeatureBatches(
+    batches = batches_for(
         store,
         loaded.info.features,
+        loaded.info.settings,
         split,
-        batch_size=loaded.info.settings.batch_size,
-        target=loaded.info.settings.target,
-        resident=False,
         device=choose_device(device),
+        resident=False,
         maps=maps,
     )
     return Evaluation(
@@ -121,7 +122,7 @@ def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bo
 
 
 def _require_features(run: Path, info: RunInfo, store: Store) -> None:
-    """Refuses a store that lacks what the run reads, or whose targets mean something else."""
+    """Refuse a store that lacks what the run reads, or whose targets mean something else."""
     features, target = info.features, info.settings.target
     array = store.arrays.get(features.array)
     if array is None or not {*features.taps} <= {*array.taps}:
@@ -154,9 +155,9 @@ def _maps(
 
 def _metrics(loaded: LoadedRun, batches: FeatureBatches) -> SplitMetrics:
     adaptor = loaded.adaptor.to(batches.device)
-    tally = batches.task.tally(n_trials=1, n_classes=loaded.info.n_classes, device=batches.device)
-    for batch in batches.ordered():
+
+    def logits(features: torch.Tensor) -> torch.Tensor:
         with torch.inference_mode():
-            tally.add(adaptor(batch.features)[None], batch.targets)
-    (scores,), (loss,) = tally.scores(), tally.losses()
-    return SplitMetrics(score=scores[loaded.info.metric], scores=scores, loss=loss, n_samples=batches.n_samples)
+            return adaptor(features)[None]  # type: ignore[no-any-return]
+
+    return evaluate_split(logits, batches, n_trials=1, n_classes=loaded.info.n_classes)[0].metrics

@@ -2,42 +2,35 @@
 
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from safetensors.torch import save
 
 from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.data.compensated import maps_bytes, maps_of
+from coldtap.adaptors.data.compensated import maps_bytes
 from coldtap.adaptors.data.devices import describe_device
 from coldtap.adaptors.data.memory import peak_memory_bytes
-from coldtap.adaptors.runs.curves import draw_curves
+from coldtap.adaptors.runs.curves import draw_run
 from coldtap.adaptors.runs.predictions import SplitPredictions, read_predictions, write_predictions
-from coldtap.adaptors.runs.run_folder import RunInfo, SplitMetrics, write_info, write_run
-from coldtap.adaptors.training.checkpoint import TrialState
+from coldtap.adaptors.runs.record import RunInfo
+from coldtap.adaptors.runs.run_folder import read_weights, write_info, write_run
+from coldtap.adaptors.training.grouping import make_learner
 from coldtap.adaptors.training.learner import Tensors
-from coldtap.adaptors.training.plan import PlannedTrial
-from coldtap.adaptors.training.side_by_side import make_learners
+from coldtap.adaptors.training.plan import TrialPlan
+from coldtap.adaptors.training.split_metrics import Evaluated, evaluate_split
+from coldtap.adaptors.training.state import TrialState
 from coldtap.stores import Store
 from coldtap.stores.format.canonical import sha256
 from coldtap.version import __version__
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What one trial reaches on a split, and what it says of each sample."""
-
-    metrics: SplitMetrics
-    predictions: SplitPredictions
-
-
-def evaluate(
-    store: Store, plans: Sequence[PlannedTrial], weights: Sequence[Tensors], batches: FeatureBatches
+def evaluate_trials(
+    store: Store, plans: Sequence[TrialPlan], weights: Sequence[Tensors], batches: FeatureBatches
 ) -> list[Evaluated]:
-    """Evaluates trials on a split that is read once for all of them.
+    """Evaluate trials on a split, and keep what they say of each sample.
 
     Args:
         store: The store.
@@ -45,41 +38,25 @@ def evaluate(
         weights: Of each.
         batches: Of the split.
     """
-    device = batches.device
-    members = []
-    for plan, values in zip(plans, weights, strict=True):
-        member = plan.member(store, n_classes=batches.n_classes, device=device)
-        member.network.load_state_dict(values)
-        members.append(member)
-    learners = make_learners(members, batches.task, device, row_shape=plans[0].features.row_shape)
-    tallies = [
-        batches.task.tally(n_trials=len(numbers), n_classes=batches.n_classes, device=device, keep_rows=True)
-        for _, numbers in learners
-    ]
-    for batch in batches.ordered():
-        for tally, (learner, _) in zip(tallies, learners, strict=True):
-            tally.add(learner.logits(batch.features), batch.targets)
-    ids, found = batches.sample_ids(), {}
-    for tally, (_, numbers) in zip(tallies, learners, strict=True):
-        for number, scores, loss, rows in zip(numbers, tally.scores(), tally.losses(), tally.rows(), strict=True):
-            metrics = SplitMetrics(
-                score=scores[batches.task.metric], scores=scores, loss=loss, n_samples=batches.n_samples
-            )
-            found[number] = Evaluated(metrics=metrics, predictions=SplitPredictions(ids=ids, rows=rows))
-    return [found[number] for number in range(len(plans))]
+    networks = [plan.network(store, n_classes=batches.n_classes, device=batches.device) for plan in plans]
+    for network, values in zip(networks, weights, strict=True):
+        network.load_state_dict(values)
+    learner = make_learner(plans, networks, batches.task, batches.device)
+    return evaluate_split(learner.logits, batches, n_trials=len(plans), keep_rows=True)
 
 
 def write_trials(
     store: Store,
-    plans: Sequence[PlannedTrial],
+    plans: Sequence[TrialPlan],
     states: Sequence[TrialState],
     batches: Mapping[str, FeatureBatches],
     *,
     train: FeatureBatches,
     parameters: Sequence[int],
     trials: int,
+    note: Callable[[str], None],
 ) -> list[RunInfo | str]:
-    """Evaluates finished trials and writes their folders; returns what each `run.json` says, or why there is none.
+    """Evaluate finished trials and write their folders; return what each `run.json` says, or why there is none.
 
     Args:
         store: The store.
@@ -89,16 +66,18 @@ def write_trials(
         train: Batches that they learnt from.
         parameters: Of each.
         trials: How many shared the pass.
+        note: Called with a sentence where a picture could not be drawn.
     """
     weights = [state.kept() for state in states]
-    by_split = {split: evaluate(store, plans, weights, of) for split, of in batches.items()}
+    by_split = {split: evaluate_trials(store, plans, weights, each) for split, each in batches.items()}
+    ids = {split: each.sample_ids() for split, each in batches.items()}
     ended: list[RunInfo | str] = []
     for number, (plan, state) in enumerate(zip(plans, states, strict=True)):
         evaluated = {split: found[number] for split, found in by_split.items()}
         if bad := [split for split, found in evaluated.items() if not math.isfinite(found.metrics.loss)]:
             ended.append(f"the {bad[0]} loss of the kept weights is not finite: train again with a lower lr")
             continue
-        data, maps = save(weights[number]), maps_of(store, plan.features, plan.settings.compensation)
+        data, maps = save(weights[number]), plan.maps(store)
         compensation = None if maps is None else maps_bytes(maps)
         info = _info(
             store,
@@ -111,29 +90,51 @@ def write_trials(
             weights=data,
             compensation=compensation,
         )
-        title = f"{plan.settings.adaptor} on {store.path.name}, {parameters[number]:,} parameters"
-        # Trials that share a pass share one picture: drawing one each would take longer than a probe's training.
-        picture = draw_curves(state.records, best=state.best, title=title, metric=info.metric) if trials == 1 else None
-        predictions = {split: found.predictions for split, found in evaluated.items()}
+        predictions = {split: _predictions(ids[split], found) for split, found in evaluated.items()}
         write_predictions(plan.folder, train.task.kind, predictions)
-        write_run(plan.folder, info, weights=data, compensation=compensation, epochs=state.records, picture=picture)
+        write_run(plan.folder, info, weights=data, compensation=compensation, epochs=state.records)
+        # Trials that share a pass share one picture: drawing one each would take longer than a probe's training.
+        if trials == 1:
+            draw_run(plan.folder, info, state.records, note)
         ended.append(info)
     return ended
 
 
-def add_split(folder: Path, info: RunInfo, split: str, evaluated: Evaluated) -> RunInfo:
-    """Adds a split to a finished run: its predictions first, so that `run.json` never names what is not there."""
-    there = read_predictions(folder)
+def add_test(store: Store, plans: Sequence[TrialPlan], infos: Sequence[RunInfo], device: torch.device) -> list[RunInfo]:
+    """Evaluate finished trials on test, those that have not been before, and add that to their folders.
+
+    Returns:
+        What each `run.json` says then.
+    """
+    infos = list(infos)
+    missing = [number for number, info in enumerate(infos) if "test" not in info.metrics]
+    if missing:
+        batches = plans[0].batches(store, "test", device=device, resident=False)
+        untested = [plans[number] for number in missing]
+        evaluated = evaluate_trials(store, untested, [read_weights(plan.folder) for plan in untested], batches)
+        for number, found in zip(missing, evaluated, strict=True):
+            infos[number] = _add_split(plans[number], infos[number], "test", found, batches.sample_ids())
+    return infos
+
+
+def _add_split(plan: TrialPlan, info: RunInfo, split: str, evaluated: Evaluated, ids: Sequence[str]) -> RunInfo:
+    """Add a split to a finished run: its predictions first, so that `run.json` never names what is not there."""
+    there = read_predictions(plan.folder)
     kept = {name: said for name, said in there.splits.items() if name in info.metrics} if there else {}
-    write_predictions(folder, info.target_kind, {**kept, split: evaluated.predictions})
+    write_predictions(plan.folder, info.target_kind, {**kept, split: _predictions(ids, evaluated)})
     info = replace(info, metrics={**info.metrics, split: evaluated.metrics})
-    write_info(folder, info)
+    write_info(plan.folder, info)
     return info
+
+
+def _predictions(ids: Sequence[str], evaluated: Evaluated) -> SplitPredictions:
+    assert evaluated.rows is not None, "what is written was asked to be kept"
+    return SplitPredictions(ids=ids, rows=evaluated.rows)
 
 
 def _info(
     store: Store,
-    plan: PlannedTrial,
+    plan: TrialPlan,
     state: TrialState,
     evaluated: Mapping[str, Evaluated],
     train: FeatureBatches,

@@ -1,4 +1,4 @@
-"""The settings of trials: what all have in common, what is each one's own, and the seeds; grids as one way to them."""
+"""The options of trials: what all have in common, what is each one's own, and the seeds; grids as one way to them."""
 
 import dataclasses
 from collections import Counter
@@ -8,28 +8,11 @@ from itertools import product
 from typing import Any
 
 from coldtap.adaptors.networks.options import option_defaults, parse_options
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions, TrialOptions
 from coldtap.errors import OptionError
 
 # What may differ among trials that share batches, beside the adaptor's own options.
 TRAINING_KEYS = ("lr", "weight_decay", "warmup", "epochs", "label_smoothing", "patience")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialSetting:
-    """One trial: how it is trained, the adaptor's options, and what it is called.
-
-    `varied` holds the values by which it differs from the others, without the seed: trials of one setting share it.
-    """
-
-    training: TrainingOptions
-    options: Mapping[str, object]
-    varied: Mapping[str, object]
-
-    @property
-    def name(self) -> str:
-        """Unique among the trials, and fit for a folder: `lr=0.001,rank=4,seed=0`."""
-        return ",".join(f"{key}={value}" for key, value in {**self.varied, "seed": self.training.seed}.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +28,7 @@ class _GridOptions:
 
 
 def expand_grid(grid: Mapping[str, Sequence[object]]) -> list[dict[str, object]]:
-    """Returns every combination of a grid's values by name: `{"lr": [1e-3, 3e-3], "rank": [4]}` gives two.
+    """Return every combination of a grid's values by name: `{"lr": [1e-3, 3e-3], "rank": [4]}` gives two.
 
     Raises:
         OptionError: A name without a value.
@@ -56,7 +39,7 @@ def expand_grid(grid: Mapping[str, Sequence[object]]) -> list[dict[str, object]]
     return [dict(zip(grid, chosen, strict=True)) for chosen in product(*grid.values())]
 
 
-def trial_settings(
+def trial_options(
     adaptor: str,
     options_type: type[Any],
     trials: Sequence[Mapping[str, object]],
@@ -64,8 +47,8 @@ def trial_settings(
     training: TrainingOptions,
     options: Mapping[str, object],
     seeds: int = 1,
-) -> list[TrialSetting]:
-    """Returns the settings of trials, each with every seed.
+) -> list[TrialOptions]:
+    """Return the options of trials, each with every seed.
 
     The seeds are `training.seed` and those after it. All trials have the order of samples that the first has alone, so
     that they share batches.
@@ -92,8 +75,8 @@ def trial_settings(
         others = {name: value for name, value in varied.items() if name not in TRAINING_KEYS}
         for seed in range(training.seed, training.seed + seeds):
             each = dataclasses.replace(training, **changes, seed=seed, order_seed=order)
-            found.append(TrialSetting(training=each, options={**options, **others}, varied=varied))
-    names = Counter(setting.name for setting in found)
+            found.append(TrialOptions(adaptor=adaptor, training=each, options={**options, **others}, varied=varied))
+    names = Counter(trial.name for trial in found)
     if twice := [name for name, count in names.items() if count > 1]:
         raise OptionError(f"the trial {twice[0]} is asked for twice")
     return found

@@ -11,7 +11,7 @@ EPS = 1e-8
 
 
 def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float) -> float:
-    """Returns the learning rate of a step: up in a line over the first `warmup` of the steps, then down a half cosine.
+    """Return the learning rate of a step: up in a line over the first `warmup` of the steps, then down a half cosine.
 
     Args:
         step: Number of the step, from 0.
@@ -26,12 +26,12 @@ def learning_rate_at(step: int, *, steps: int, peak: float, warmup: float) -> fl
 
 
 def decays(parameter: torch.Tensor) -> bool:
-    """Whether weight decay acts on a parameter: on matrices; biases and norms, of one axis, are left alone."""
+    """Return whether weight decay acts on a parameter: on matrices; biases and norms, of one axis, are left alone."""
     return parameter.ndim > 1
 
 
 def make_optimizer(model: nn.Module, *, weight_decay: float) -> torch.optim.AdamW:
-    """Returns torch's AdamW for one network."""
+    """Return torch's AdamW for one network."""
     groups = [
         {"params": [p for p in model.parameters() if decays(p)], "weight_decay": weight_decay},
         {"params": [p for p in model.parameters() if not decays(p)], "weight_decay": 0.0},
@@ -52,7 +52,7 @@ class StackedAdamW:
     """
 
     def __init__(self, values: torch.Tensor, *, decayed: torch.Tensor, weight_decay: Sequence[float]) -> None:
-        """Takes over the parameters.
+        """Take over the parameters.
 
         Args:
             values: (trial, parameter), changed in place by `step`.
@@ -66,7 +66,7 @@ class StackedAdamW:
 
     @torch.no_grad()
     def step(self, gradients: torch.Tensor, rates: Sequence[float]) -> None:
-        """Moves the parameters by gradients (trial, parameter), at each trial's learning rate."""
+        """Move the parameters by gradients (trial, parameter), at each trial's learning rate."""
         self.steps += 1
         rate = self._values.new_tensor(rates)[:, None]
         first, second = BETAS

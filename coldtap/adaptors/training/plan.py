@@ -1,4 +1,4 @@
-"""A trial before it is trained: one adaptor with one setting, planned on a store."""
+"""A trial before it is trained: what was asked, decided on a store."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,111 +8,107 @@ from typing import Any
 import torch
 from torch import nn
 
+from coldtap.adaptors.data.batches import FeatureBatches
 from coldtap.adaptors.data.compensated import maps_of
 from coldtap.adaptors.data.devices import seeded
-from coldtap.adaptors.data.epoch_order import SHUFFLES
+from coldtap.adaptors.metrics.tasks import require_scorer
 from coldtap.adaptors.networks.contract import AdaptorKind, FeatureSpec, copy_final_norm
 from coldtap.adaptors.networks.kinds import adaptor_kind
-from coldtap.adaptors.networks.options import (
-    option_defaults,
-    parse_options,
-    require_at_least,
-    require_positive,
-    require_probability,
-)
-from coldtap.adaptors.runs.run_folder import Fit, Keep, RunSettings
-from coldtap.adaptors.training.learner import Member
+from coldtap.adaptors.networks.options import option_defaults, parse_options
+from coldtap.adaptors.runs.settings import RunSettings
+from coldtap.adaptors.training.options import TrialOptions
 from coldtap.errors import OptionError
 from coldtap.stores import Store
+from coldtap.stores.format.compensation import TapMaps
 
-START_STREAM = 0  # random numbers of the start
+START_STREAM = 0  # random numbers of the start have stream 0, those of step k stream k + 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How a trial is trained; all but the batches and their order may differ among trials that share a pass.
+class TrialPlan:
+    """One trial, decided on a store: all that must be known before anything is read.
 
-    `lr` None is the adaptor's own default; `order_seed` None is the seed. `compensation` names that of the store which
-    features go through; None leaves them as they are.
+    Attributes:
+        asked: What was asked for.
+        folder: The run folder; its name is unique among trials that are trained together.
+        kind: The adaptor.
+        features: What it reads.
+        options: Its options, parsed and settled for the store.
+        settings: What decides the result, as the record has it.
     """
 
-    epochs: int = 100
-    lr: float | None = None
-    batch_size: int = 32
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    label_smoothing: float = 0.0
-    patience: int | None = None
-    seed: int = 0
-    order_seed: int | None = None
-    shuffle: str = "uniform"
-    target: str = "label"
-    fit: Fit = "train"
-    keep: Keep = "best"
-    compensation: str | None = None
-
-    def __post_init__(self) -> None:
-        require_at_least(1, epochs=self.epochs, batch_size=self.batch_size)
-        require_at_least(0, seed=self.seed, order_seed=self.order_seed or 0)
-        require_probability(warmup=self.warmup, label_smoothing=self.label_smoothing)
-        if self.lr is not None:
-            require_positive(lr=self.lr)
-        if not 0 <= self.weight_decay < float("inf"):
-            raise OptionError(f"weight_decay={self.weight_decay}: it must be 0 or more, and finite")
-        if self.patience is not None:
-            require_at_least(1, patience=self.patience)
-        if self.shuffle not in SHUFFLES:
-            raise OptionError(f"shuffle={self.shuffle}: it must be one of {', '.join(SHUFFLES)}")
-        if self.fit == "train+val" and (self.keep != "last" or self.patience is not None):
-            raise OptionError(
-                "fit=train+val leaves no val to choose or to stop by: it goes with keep=last, no patience"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlannedTrial:
-    """One adaptor with one setting, planned on a store; `name` is unique among the trials of a folder."""
-
-    name: str
+    asked: TrialOptions
     folder: Path
     kind: AdaptorKind[Any]
     features: FeatureSpec
     options: Any
     settings: RunSettings
 
-    def member(self, store: Store, *, n_classes: int, device: torch.device) -> Member:
-        """Builds the trial's network and says what a learner must know of it."""
-        return Member(
-            settings=self.settings,
-            network=self.network(store, n_classes=n_classes, device=device),
-            is_random=self.options.is_random,
-            can_stack=not self.kind.cannot_stack,
-        )
+    @property
+    def name(self) -> str:
+        """What the trial is called."""
+        return self.folder.name
 
     def network(self, store: Store, *, n_classes: int, device: torch.device) -> nn.Module:
-        """Builds the trial's network with its start, on the device."""
+        """Build the trial's network with its start, on the device."""
         with seeded(self.settings.seed, START_STREAM, device):
             network: nn.Module = self.kind.build(self.features, self.options, n_classes=n_classes)
         copy_final_norm(network, store.norm)
         return network.to(device)
 
+    def maps(self, store: Store) -> TapMaps | None:
+        """Return the compensation that features go through; None where there is none."""
+        return maps_of(store, self.features, self.settings.compensation)
 
-def plan_trial(
-    store: Store, adaptor: str, training: TrainingOptions, settings: Mapping[str, object], *, name: str, folder: Path
-) -> PlannedTrial:
-    """Plans a trial on a store.
+    def batches(
+        self, store: Store, split: str, *, device: torch.device, resident: bool | None = None
+    ) -> FeatureBatches:
+        """Return the batches of a split as the trial reads them."""
+        return batches_for(
+            store, self.features, self.settings, split, device=device, resident=resident, maps=self.maps(store)
+        )
+
+
+def batches_for(
+    store: Store,
+    features: FeatureSpec,
+    settings: RunSettings,
+    split: str,
+    *,
+    device: torch.device,
+    resident: bool | None,
+    maps: TapMaps | None,
+) -> FeatureBatches:
+    """Return the batches of a split as settings say: of their size, targets and order."""
+    return FeatureBatches(
+        store,
+        features,
+        split,
+        batch_size=settings.batch_size,
+        target=settings.target,
+        resident=resident,
+        device=device,
+        shuffle=settings.shuffle,
+        maps=maps,
+    )
+
+
+def plan_trial(store: Store, asked: TrialOptions, *, folder: Path) -> TrialPlan:
+    """Plan a trial on a store.
 
     Raises:
         OptionError: An unknown adaptor or option, or a value that it cannot take.
         StoreError: The store lacks what the adaptor needs.
+        MachineError: A package that scores the targets is not installed.
     """
-    kind = adaptor_kind(adaptor)
-    settings = _for_target(store, kind, training.target, settings)
-    features, options = kind.plan(store, parse_options(kind.options, settings, adaptor=adaptor))
+    kind, training = adaptor_kind(asked.adaptor), asked.training
+    require_scorer(store.target_kind(training.target))
+    settings = _for_target(store, kind, training.target, asked.options)
+    features, options = kind.plan(store, parse_options(kind.options, settings, adaptor=asked.adaptor))
     maps_of(store, features, training.compensation)  # refused before anything is read
     _require_grid(store, training.target, features)
     run_settings = RunSettings(
-        adaptor=adaptor,
+        adaptor=asked.adaptor,
         options=asdict(options),
         epochs=training.epochs,
         lr=kind.lr if training.lr is None else training.lr,
@@ -131,11 +127,11 @@ def plan_trial(
         keep=training.keep,
         compensation=training.compensation,
     )
-    return PlannedTrial(name=name, folder=folder, kind=kind, features=features, options=options, settings=run_settings)
+    return TrialPlan(asked=asked, folder=folder, kind=kind, features=features, options=options, settings=run_settings)
 
 
 def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:
-    """Refuses targets a token on another grid than that of the features."""
+    """Refuse targets a token on another grid than that of the features."""
     grid = store.target_grid(target)
     if grid is not None and tuple(grid) != tuple(features.geometry.grid):
         raise OptionError(
@@ -148,7 +144,7 @@ def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:
 def _for_target(
     store: Store, kind: AdaptorKind[Any], target: str, settings: Mapping[str, object]
 ) -> Mapping[str, object]:
-    """Lets an adaptor answer for each token where the targets are a token's, and only there."""
+    """Let an adaptor answer for each token where the targets are a token's, and only there."""
     a_token = store.target_kind(target) == "token-class"
     asked = settings.get("pool")
     if not a_token:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from coldtap.adaptors.data.devices import choose_device
-from coldtap.adaptors.runs.run_folder import RunInfo
-from coldtap.adaptors.training.grid import TrialSetting
+from coldtap.adaptors.runs.record import RunInfo
 from coldtap.adaptors.training.loop import Progress
-from coldtap.adaptors.training.plan import PlannedTrial, TrainingOptions, plan_trial
+from coldtap.adaptors.training.options import TrainingOptions, TrialOptions
+from coldtap.adaptors.training.plan import TrialPlan, plan_trial
 from coldtap.adaptors.training.runner import train_planned
 from coldtap.adaptors.training.trials import Trials, train_trials, val_score
 from coldtap.errors import OptionError, RunError, SourceError
@@ -71,7 +71,7 @@ def run_protocol(
     note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> ProtocolResult:
-    """Fits, chooses and tests an adaptor on a store by a protocol; called again, it does what is left.
+    """Fit, choose and test an adaptor on a store by a protocol; called again, do what is left.
 
     Args:
         store: A store or its path, with train, val and test.
@@ -126,25 +126,22 @@ def run_protocol(
     if not two_stages:
         runs = [(result.path, result.info) for result in searched.chosen if result.info is not None]
         return _result(searched, runs, seconds)
-    plans = _refits(store, adaptor, searched.chosen[0].setting, seeds, out / REFIT)
-    outcomes = train_planned(store, plans, out=out / REFIT, device=choose_device(device), test=True, **how)
-    if failed := [outcome for outcome in outcomes if outcome.info is None]:
-        raise RunError(f"{failed[0].plan.folder}: {failed[0].failure}")
-    runs = [(outcome.plan.folder, outcome.info) for outcome in outcomes if outcome.info is not None]
-    return _result(searched, runs, seconds + sum(outcome.seconds for outcome in outcomes))
+    plans = _refits(store, searched.chosen[0].setting, seeds, out / REFIT)
+    refitted = train_planned(store, plans, out=out / REFIT, device=choose_device(device), test=True, **how)
+    if failed := [result for result in refitted if result.info is None]:
+        raise RunError(f"{failed[0].path}: {failed[0].failure}")
+    runs = [(result.path, result.info) for result in refitted if result.info is not None]
+    return _result(searched, runs, seconds + sum(result.seconds for result in refitted))
 
 
-def _refits(store: Store, adaptor: str, chosen: TrialSetting, seeds: int, out: Path) -> list[PlannedTrial]:
-    """The chosen setting on train and val together, a plan a seed."""
+def _refits(store: Store, chosen: TrialOptions, seeds: int, out: Path) -> list[TrialPlan]:
+    """Return plans of the chosen setting on train and val together, one per seed."""
     first = chosen.training
     again = [
         replace(chosen, training=replace(first, seed=seed, order_seed=first.order_seed, fit="train+val"))
         for seed in range(first.seed, first.seed + seeds)
     ]
-    return [
-        plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / each.name)
-        for each in again
-    ]
+    return [plan_trial(store, each, folder=out / each.name) for each in again]
 
 
 def _result(searched: Trials, runs: Sequence[tuple[Path, RunInfo]], seconds: float) -> ProtocolResult:
@@ -162,5 +159,5 @@ def _result(searched: Trials, runs: Sequence[tuple[Path, RunInfo]], seconds: flo
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and the standard deviation (n − 1) of some scores; of one score the deviation is 0."""
+    """Return the mean and the standard deviation (n − 1) of some scores; of one score the deviation is 0."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0

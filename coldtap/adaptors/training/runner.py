@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.data.compensated import maps_of
+from coldtap.adaptors.data.devices import free_gpu_bytes
 from coldtap.adaptors.data.memory import available_memory_bytes
 from coldtap.adaptors.runs.out_folder import make_folder, sole_writer
-from coldtap.adaptors.runs.run_folder import RunInfo, read_failure, read_run, require_equal, write_failure
-from coldtap.adaptors.training.checkpoint import Checkpoint, TrialState, read_checkpoint, remove_checkpoint
+from coldtap.adaptors.runs.record import Failure, RunInfo
+from coldtap.adaptors.runs.run_folder import read_failure, read_run, write_failure
+from coldtap.adaptors.runs.settings import require_equal
+from coldtap.adaptors.training.checkpoint import Checkpoint, read_checkpoint, remove_checkpoint
 from coldtap.adaptors.training.finish import write_trials
-from coldtap.adaptors.training.learnable import require_something_to_learn, require_splits
 from coldtap.adaptors.training.loop import Progress, SharedPass
-from coldtap.adaptors.training.plan import PlannedTrial
+from coldtap.adaptors.training.options import TrialOptions
+from coldtap.adaptors.training.plan import TrialPlan
+from coldtap.adaptors.training.state import TrialState
+from coldtap.adaptors.training.store_checks import require_something_to_learn, require_splits
 from coldtap.adaptors.training.trial_memory import TrialMemory, forecast_trial, how_many_fit
 from coldtap.errors import InterruptedRunError
 from coldtap.stores import Store
@@ -25,24 +29,35 @@ type Note = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """How a trial has ended: `info` is what its run folder says, `failure` why there is none.
+class TrialResult:
+    """A trial that has ended: its record, `info` as its run folder has it, or `failure`, the reason why there is none.
 
-    `seconds` is its share of the time of the epochs; `resumed_after` is the number of epochs that an earlier,
-    interrupted call had done; `was_finished` says that there was nothing left to do.
+    `seconds` is its share of the time of the epochs that it had in common with others; `resumed_after` is the number of
+    epochs that an earlier, interrupted call had done; `was_finished` says that there was nothing left to do. How a
+    result was come by does not count in comparisons.
     """
 
-    plan: PlannedTrial
+    plan: TrialPlan
     info: RunInfo | None
     failure: str | None = None
     seconds: float = 0.0
-    resumed_after: int = 0
-    was_finished: bool = False
+    resumed_after: int = field(default=0, compare=False)
+    was_finished: bool = field(default=False, compare=False)
+
+    @property
+    def path(self) -> Path:
+        """The run folder."""
+        return self.plan.folder
+
+    @property
+    def setting(self) -> TrialOptions:
+        """What was asked for."""
+        return self.plan.asked
 
 
 def train_planned(
     store: Store,
-    plans: Sequence[PlannedTrial],
+    plans: Sequence[TrialPlan],
     *,
     out: Path,
     device: torch.device,
@@ -51,8 +66,8 @@ def train_planned(
     progress: Progress | None,
     note: Note | None,
     checkpoint_every_s: float,
-) -> list[Outcome]:
-    """Trains what is not trained yet; returns how each trial has ended, in the order of the plans.
+) -> list[TrialResult]:
+    """Train what is not trained yet; return how each trial has ended, in the order of the plans.
 
     Args:
         store: The store.
@@ -73,36 +88,36 @@ def train_planned(
     trainer = _Trainer(store, out, device, resident, test, progress, note or (lambda _: None), checkpoint_every_s)
     make_folder(out)
     with sole_writer(out):
-        outcomes = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
+        results = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
         checkpoint = read_checkpoint(out)
         begun = _begun(checkpoint, plans, out) if checkpoint else []
-        if all(plan.name in outcomes for plan in begun):  # the end came between their last folder and this file
+        if all(plan.name in results for plan in begun):  # the end came between their last folder and this file
             remove_checkpoint(out)
             begun = []
-        waiting = [plan for plan in plans if plan.name not in outcomes and plan not in begun]
+        waiting = [plan for plan in plans if plan.name not in results and plan not in begun]
         for group in ([begun] if begun else []) + _alike(waiting):
-            for outcome in trainer.train(group, checkpoint if group is begun else None, outcomes):
-                outcomes[outcome.plan.name] = outcome
-    return [outcomes[plan.name] for plan in plans]
+            for result in trainer.train(group, checkpoint if group is begun else None, results):
+                results[result.plan.name] = result
+    return [results[plan.name] for plan in plans]
 
 
-def _ended_before(plan: PlannedTrial) -> Outcome | None:
+def _ended_before(plan: TrialPlan) -> TrialResult | None:
     if (info := read_run(plan.folder)) is not None:
         require_equal(info.settings, plan.settings, plan.folder)
-        return Outcome(plan=plan, info=info, seconds=info.seconds, was_finished=True)
+        return TrialResult(plan=plan, info=info, seconds=info.seconds, was_finished=True)
     if (failed := read_failure(plan.folder)) is not None:
         require_equal(failed.settings, plan.settings, plan.folder)
-        return Outcome(plan=plan, info=None, failure=failed.reason, seconds=failed.seconds, was_finished=True)
+        return TrialResult(plan=plan, info=None, failure=failed.reason, seconds=failed.seconds, was_finished=True)
     return None
 
 
-def _begun(checkpoint: Checkpoint, plans: Sequence[PlannedTrial], out: Path) -> list[PlannedTrial]:
+def _begun(checkpoint: Checkpoint, plans: Sequence[TrialPlan], out: Path) -> list[TrialPlan]:
     """The trials that an interrupted call was at, in its order; folders of some of them may be written already.
 
     Raises:
         RunError: They are not among those that were asked for.
     """
-    found: list[PlannedTrial] = []
+    found: list[TrialPlan] = []
     for state in checkpoint.trials:
         # Two names can stand for equal settings, as tap=-1 and tap=9.
         alike = [plan for plan in plans if plan.settings == state.settings and plan not in found]
@@ -113,12 +128,12 @@ def _begun(checkpoint: Checkpoint, plans: Sequence[PlannedTrial], out: Path) -> 
     return found
 
 
-def _alike(plans: Sequence[PlannedTrial]) -> list[list[PlannedTrial]]:
+def _alike(plans: Sequence[TrialPlan]) -> list[list[TrialPlan]]:
     """Trials that can share batches, together."""
-    groups: dict[object, list[PlannedTrial]] = {}
+    groups: dict[object, list[TrialPlan]] = {}
     for plan in plans:
-        of = plan.settings
-        key = (plan.features, of.batch_size, of.order_seed, of.shuffle, of.target, of.fit, of.compensation)
+        same = plan.settings
+        key = (plan.features, same.batch_size, same.order_seed, same.shuffle, same.target, same.fit, same.compensation)
         groups.setdefault(key, []).append(plan)
     return list(groups.values())
 
@@ -141,16 +156,15 @@ class _Trainer:
         self._test, self._progress, self._note, self._every_s = test, progress, note, checkpoint_every_s
 
     def train(
-        self, plans: Sequence[PlannedTrial], checkpoint: Checkpoint | None, done: Mapping[str, Outcome]
-    ) -> Iterator[Outcome]:
-        """Trains trials that can share batches, in as few passes as the memory allows.
+        self, plans: Sequence[TrialPlan], checkpoint: Checkpoint | None, done: Mapping[str, TrialResult]
+    ) -> Iterator[TrialResult]:
+        """Train trials that can share batches, in as few passes as the memory allows.
 
         Of those that are `done`, which go on only with others from a checkpoint, nothing is written again.
         """
         require_splits(self._store, plans[0].settings.fit)
         try:
-            train = self._batches(plans[0], plans[0].settings.fit)
-            val = self._batches(plans[0], "val") if plans[0].settings.fit == "train" else None
+            train, val = self._batches(plans[0])
             require_something_to_learn(self._store, train, plans[0].settings.target)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
@@ -163,19 +177,14 @@ class _Trainer:
             yield from self._train_pass(left[:fitting], train, val, checkpoint, done)
             left = left[fitting:]
 
-    def _batches(self, plan: PlannedTrial, split: str, *, resident: bool | None = None) -> FeatureBatches:
-        settings = plan.settings
-        return FeatureBatches(
-            self._store,
-            plan.features,
-            split,
-            batch_size=settings.batch_size,
-            target=settings.target,
-            resident=self._resident if resident is None else resident,
-            device=self._device,
-            shuffle=settings.shuffle,
-            maps=maps_of(self._store, plan.features, settings.compensation),
-        )
+    def _batches(self, plan: TrialPlan) -> tuple[FeatureBatches, FeatureBatches | None]:
+        """Those to learn from, and those of val, unless it is learnt from."""
+
+        def batches(split: str) -> FeatureBatches:
+            return plan.batches(self._store, split, device=self._device, resident=self._resident)
+
+        fit = plan.settings.fit
+        return batches(fit), batches("val") if fit == "train" else None
 
     def _tell(self, train: FeatureBatches, val: FeatureBatches | None) -> None:
         self._note(f"features {train.residency.reason}")
@@ -187,18 +196,17 @@ class _Trainer:
             shown = ", ".join(absent[:5]) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
             self._note(f"no train sample has class {shown}, which other splits have: it cannot be learnt")
 
-    def _how_many_fit(self, plans: Sequence[PlannedTrial], train: FeatureBatches) -> int:
+    def _how_many_fit(self, plans: Sequence[TrialPlan], train: FeatureBatches) -> int:
         """How many trials, from the first on, share a pass: as many as fit into memory."""
         with closing(train.shuffled(seed=0, epoch=1)) as batches:
             batch = next(batches)
-            of: dict[object, TrialMemory] = {}
+            forecasts: dict[object, TrialMemory] = {}
             for plan in plans:
-                if (key := _shape_key(plan)) not in of:
-                    member = plan.member(self._store, n_classes=train.n_classes, device=self._device)
-                    row_shape = plan.features.row_shape
-                    of[key] = forecast_trial(member, train.task, batch, row_shape=row_shape, device=self._device)
-        trials = [of[_shape_key(plan)] for plan in plans]
-        free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else available_memory_bytes()
+                if (key := _shape_key(plan)) not in forecasts:
+                    network = plan.network(self._store, n_classes=train.n_classes, device=self._device)
+                    forecasts[key] = forecast_trial(plan, network, train.task, batch, device=self._device)
+        trials = [forecasts[_shape_key(plan)] for plan in plans]
+        free = free_gpu_bytes(self._device) if self._device.type == "cuda" else available_memory_bytes()
         fitting = how_many_fit(trials, free=free)
         together = "in one computation" if trials[0].stacked else "one after the other on each batch"
         self._note(
@@ -210,28 +218,28 @@ class _Trainer:
 
     def _train_pass(
         self,
-        plans: Sequence[PlannedTrial],
+        plans: Sequence[TrialPlan],
         train: FeatureBatches,
         val: FeatureBatches | None,
         checkpoint: Checkpoint | None,
-        done: Mapping[str, Outcome],
-    ) -> list[Outcome]:
+        done: Mapping[str, TrialResult],
+    ) -> list[TrialResult]:
         shared = SharedPass(
             self._store, plans, out=self._out, train=train, val=val, device=self._device, checkpoint=checkpoint
         )
         states = shared.run(self._progress, checkpoint_every_s=self._every_s)
-        outcomes = self._finish(plans, states, shared, done)
+        results = self._finish(plans, states, shared, done)
         remove_checkpoint(self._out)
-        return outcomes
+        return results
 
     def _finish(
         self,
-        plans: Sequence[PlannedTrial],
+        plans: Sequence[TrialPlan],
         states: Sequence[TrialState],
         shared: SharedPass,
-        done: Mapping[str, Outcome],
-    ) -> list[Outcome]:
-        """Writes the folder of each trial that has none."""
+        done: Mapping[str, TrialResult],
+    ) -> list[TrialResult]:
+        """Write the folder of each trial that has none."""
         failures = {plan.name: state.failure for plan, state in zip(plans, states, strict=True) if state.failure}
         numbers = [n for n, plan in enumerate(plans) if plan.name not in failures and plan.name not in done]
         written = self._write(plans, states, shared, numbers) if numbers else []
@@ -243,10 +251,11 @@ class _Trainer:
                 failures[plans[number].name] = ended
         for plan, state in zip(plans, states, strict=True):
             if plan.name in failures and plan.folder != self._out:  # a run of its own may be tried again
-                write_failure(plan.folder, plan.settings, failures[plan.name], seconds=state.seconds)
+                failure = Failure(settings=plan.settings, reason=failures[plan.name], seconds=state.seconds)
+                write_failure(plan.folder, failure)
         return [
             done.get(plan.name)
-            or Outcome(
+            or TrialResult(
                 plan=plan,
                 info=infos.get(plan.name),
                 failure=failures.get(plan.name),
@@ -258,15 +267,15 @@ class _Trainer:
 
     def _write(
         self,
-        plans: Sequence[PlannedTrial],
+        plans: Sequence[TrialPlan],
         states: Sequence[TrialState],
         shared: SharedPass,
         numbers: Sequence[int],
     ) -> list[RunInfo | str]:
-        """Evaluates the trials of these numbers and writes their folders."""
+        """Evaluate the trials of these numbers and write their folders."""
         splits = {} if shared.val is None else {"val": shared.val}
         if self._test and "test" in self._store.splits:
-            splits["test"] = self._batches(plans[0], "test", resident=False)
+            splits["test"] = plans[0].batches(self._store, "test", device=self._device, resident=False)
         return write_trials(
             self._store,
             [plans[number] for number in numbers],
@@ -275,9 +284,10 @@ class _Trainer:
             train=shared.train,
             parameters=[shared.parameters[number] for number in numbers],
             trials=len(plans),
+            note=self._note,
         )
 
 
-def _shape_key(plan: PlannedTrial) -> object:
+def _shape_key(plan: TrialPlan) -> object:
     """What trials have in common whose networks are of one size."""
     return (plan.settings.adaptor, tuple(plan.settings.options.items()))

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldtap.adaptors.data.devices import choose_device
-from coldtap.adaptors.runs.run_folder import Fit, Keep, RunInfo
+from coldtap.adaptors.runs.record import RunInfo
+from coldtap.adaptors.runs.settings import Fit, Keep
 from coldtap.adaptors.training.checkpoint import remove_checkpoint
 from coldtap.adaptors.training.loop import Progress
-from coldtap.adaptors.training.plan import TrainingOptions, plan_trial
+from coldtap.adaptors.training.options import TrainingOptions, TrialOptions
+from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
@@ -57,7 +59,7 @@ def train_adaptor(
     note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> RunResult:
-    """Trains an adaptor on a store's train split and leaves a run folder.
+    """Train an adaptor on a store's train split and leave a run folder.
 
     The epoch that is kept has the best val score; among equals the lower val loss wins, then the earlier epoch.
 
@@ -112,10 +114,10 @@ def train_adaptor(
         keep=keep,
         compensation=compensation,
     )
-    plan = plan_trial(store, adaptor, training, settings or {}, name=out.name, folder=out)
-    outcome = train_planned(
+    asked = TrialOptions(adaptor=adaptor, training=training, options=settings or {})
+    result = train_planned(
         store,
-        [plan],
+        [plan_trial(store, asked, folder=out)],
         out=out,
         device=choose_device(device),
         resident=resident,
@@ -124,10 +126,8 @@ def train_adaptor(
         note=note,
         checkpoint_every_s=checkpoint_every_s,
     )[0]
-    if outcome.info is None:
-        raise RunError(f"{outcome.failure}, into another --out")
-    if outcome.was_finished:
+    if result.info is None:
+        raise RunError(f"{result.failure}, into another --out")
+    if result.was_finished:
         remove_checkpoint(out)
-    return RunResult(
-        path=out, info=outcome.info, resumed_after=outcome.resumed_after, was_finished=outcome.was_finished
-    )
+    return RunResult(path=out, info=result.info, resumed_after=result.resumed_after, was_finished=result.was_finished)

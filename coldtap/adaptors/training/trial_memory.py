@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from coldtap.adaptors.data.batches import Batch
 from coldtap.adaptors.metrics.tasks import Task
-from coldtap.adaptors.training.learner import Member, SideBySide
+from coldtap.adaptors.training.plan import TrialPlan
+from coldtap.adaptors.training.side_by_side import SideBySide
 from coldtap.adaptors.training.stacked import Stacked, can_stack, is_faster_stacked
 
 # Copies of a trial's parameters: weights, gradients and two moments; those of a checkpoint but the gradients; the kept.
@@ -64,21 +66,21 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def forecast_trial(
-    member: Member, task: Task, batch: Batch, *, row_shape: Sequence[int], device: torch.device
+    plan: TrialPlan, network: nn.Module, task: Task, batch: Batch, *, device: torch.device
 ) -> TrialMemory:
-    """Forecasts what one trial takes, from one step in the way in which it would be trained.
+    """Forecast what one trial takes, from one step in the way in which it would be trained.
 
     Args:
-        member: The trial; its network is not used afterwards, since it has made a step.
+        plan: The trial.
+        network: Its network, not to be used afterwards, since it has made a step.
         task: What is learnt.
         batch: A batch of the size of the training's.
-        row_shape: Shape of one sample's features.
         device: That trains.
     """
-    stacked = is_faster_stacked(row_shape, device) and can_stack(member, member)
-    parameters = list(member.network.parameters())
-    learner = Stacked([member, member], task, device) if stacked else SideBySide([member], task, device)
+    stacked = is_faster_stacked(plan.features.row_shape, device) and can_stack(plan, network)
+    parameters = list(network.parameters())
     trials = 2 if stacked else 1
+    learner = (Stacked if stacked else SideBySide)([plan] * trials, [network] * trials, task, device)
     peak = _peak_of(lambda: learner.step(batch.features, batch.targets, [0.0] * trials), device)
     state = COPIES * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return TrialMemory(state=state, step=peak // trials, stacked=stacked)
@@ -98,7 +100,7 @@ def _peak_of(step: Callable[[], object], device: torch.device) -> int:
 
 
 def how_many_fit(trials: Sequence[TrialMemory], *, free: int) -> int:
-    """Returns how many trials, from the first on, fit into free memory (bytes) at a time: one at least."""
+    """Return how many trials, from the first on, fit into free memory (bytes) at a time: one at least."""
     states = together = largest = 0
     for number, trial in enumerate(trials):
         states += trial.state

@@ -7,40 +7,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from safetensors.torch import load_file
-
-from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.data.compensated import maps_of
 from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.networks.kinds import adaptor_kind
-from coldtap.adaptors.runs.curves import draw_trials
-from coldtap.adaptors.runs.run_folder import ADAPTOR, RunInfo, read_epochs
-from coldtap.adaptors.text_table import text_table
-from coldtap.adaptors.training.finish import add_split, evaluate
-from coldtap.adaptors.training.grid import TrialSetting, trial_settings
+from coldtap.adaptors.runs.curves import draw_picture, draw_trials
+from coldtap.adaptors.runs.run_folder import read_epochs
+from coldtap.adaptors.training.finish import add_test
+from coldtap.adaptors.training.grid import trial_options
 from coldtap.adaptors.training.loop import Progress
-from coldtap.adaptors.training.plan import PlannedTrial, TrainingOptions, plan_trial
-from coldtap.adaptors.training.runner import train_planned
+from coldtap.adaptors.training.options import TrainingOptions
+from coldtap.adaptors.training.plan import plan_trial
+from coldtap.adaptors.training.runner import TrialResult, train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.atomic import write_file
+from coldtap.text import text_table
 
 TABLE = "trials.csv"
 PICTURE = "trials.png"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrialResult:
-    """A trial that has ended: its setting and folder, and `info`, or the reason why there is none.
-
-    `seconds` is its share of the time of the epochs that it had in common with others.
-    """
-
-    setting: TrialSetting
-    path: Path
-    info: RunInfo | None
-    failure: str | None
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +51,7 @@ def train_trials(
     note: Callable[[str], None] | None = None,
     checkpoint_every_s: float = 5.0,
 ) -> Trials:
-    """Trains trials that share each batch, every one with every seed; returns all of them and the chosen ones.
+    """Train trials that share each batch, every one with every seed; return all of them and the chosen ones.
 
     The setting with the best mean val score over its seeds is chosen (of equals the first), and only its trials are
     evaluated on test. A trial that diverges ends with its reason in `failed.json`, and the others go on. A
@@ -101,46 +84,29 @@ def train_trials(
     """
     store = store if isinstance(store, Store) else open_store(store)
     out = Path(out)
-    asked = trial_settings(
-        adaptor,
-        adaptor_kind(adaptor).options,
-        trials,
-        training=training or TrainingOptions(),
-        options=settings or {},
-        seeds=seeds,
+    kind, place = adaptor_kind(adaptor), choose_device(device)
+    asked = trial_options(
+        adaptor, kind.options, trials, training=training or TrainingOptions(), options=settings or {}, seeds=seeds
     )
-    plans = [
-        plan_trial(store, adaptor, each.training, each.options, name=each.name, folder=out / each.name)
-        for each in asked
-    ]
-    outcomes = train_planned(
+    results = train_planned(
         store,
-        plans,
+        [plan_trial(store, each, folder=out / each.name) for each in asked],
         out=out,
-        device=choose_device(device),
+        device=place,
         resident=resident,
         test=False,
         progress=progress,
         note=note,
         checkpoint_every_s=checkpoint_every_s,
     )
-    results = [
-        TrialResult(
-            setting=setting,
-            path=outcome.plan.folder,
-            info=outcome.info,
-            failure=outcome.failure,
-            seconds=outcome.seconds,
-        )
-        for setting, outcome in zip(asked, outcomes, strict=True)
-    ]
     chosen = choose(results)
     if test and "test" in store.splits:
-        infos = _with_test(store, [outcomes[number].plan for number in chosen], [results[n] for n in chosen], device)
-        for number, info in zip(chosen, infos, strict=True):
+        infos = [info for number in chosen if (info := results[number].info) is not None]
+        tested = add_test(store, [results[number].plan for number in chosen], infos, place)
+        for number, info in zip(chosen, tested, strict=True):
             results[number] = replace(results[number], info=info)
     write_file(out / TABLE, [table_csv(results, chosen)])
-    write_file(out / PICTURE, [_picture(results, chosen, title=f"{adaptor} on {store.path.name}")])
+    _draw(out, results, chosen, f"{adaptor} on {store.path.name}", note)
     if not chosen:
         reason = next(result.failure for result in results if result.failure is not None)
         raise RunError(f"every setting has a trial without a result; {out / TABLE} says why; the first: {reason}")
@@ -148,7 +114,7 @@ def train_trials(
 
 
 def choose(results: Sequence[TrialResult]) -> list[int]:
-    """Returns the numbers of the trials of the setting with the best mean val score over its seeds, ascending.
+    """Return the numbers of the trials of the setting with the best mean val score over its seeds, ascending.
 
     A setting of which a trial has failed is not chosen; of equals it is the first. Empty where all have failed.
     """
@@ -160,44 +126,28 @@ def choose(results: Sequence[TrialResult]) -> list[int]:
 
 
 def val_score(result: TrialResult) -> float:
-    """Returns a trial's deciding score on val."""
+    """Return a trial's deciding score on val."""
     assert result.info is not None, "the trial has failed"
     return result.info.metrics["val"].score
 
 
-def _with_test(
-    store: Store, plans: Sequence[PlannedTrial], results: Sequence[TrialResult], device: str
-) -> list[RunInfo]:
-    """Evaluates trials on test, those that have not been before, and adds that to their folders."""
-    infos = [result.info for result in results if result.info is not None]
-    missing = [number for number, info in enumerate(infos) if "test" not in info.metrics]
-    if missing:
-        settings = plans[0].settings
-        batches = FeatureBatches(
-            store,
-            plans[0].features,
-            "test",
-            batch_size=settings.batch_size,
-            target=settings.target,
-            resident=False,
-            device=choose_device(device),
-            maps=maps_of(store, plans[0].features, settings.compensation),
-        )
-        weights = [load_file(plans[number].folder / ADAPTOR) for number in missing]
-        evaluated = evaluate(store, [plans[number] for number in missing], weights, batches)
-        for number, found in zip(missing, evaluated, strict=True):
-            infos[number] = add_split(plans[number].folder, infos[number], "test", found)
-    return infos
-
-
-def _picture(results: Sequence[TrialResult], chosen: Sequence[int], *, title: str) -> bytes:
-    curves = {result.path.name: read_epochs(result.path) for result in results if result.info is not None}
-    metric = next((result.info.metric for result in results if result.info is not None), "")
-    return draw_trials(curves, chosen=[results[number].path.name for number in chosen], title=title, metric=metric)
+def _draw(
+    out: Path,
+    results: Sequence[TrialResult],
+    chosen: Sequence[int],
+    title: str,
+    note: Callable[[str], None] | None,
+) -> None:
+    """Draw the val scores of all trials that have a result."""
+    found = {result.path.name: result.info for result in results if result.info is not None}
+    curves = {name: read_epochs(out / name) for name in found}
+    metric = next((info.metric for info in found.values()), "")
+    names = [results[number].path.name for number in chosen]
+    draw_picture(out / PICTURE, lambda: draw_trials(curves, chosen=names, title=title, metric=metric), note)
 
 
 def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[list[str], list[list[str]]]:
-    """Returns a header and one line a trial: its setting, scores, cost, and how it has ended; best on val first."""
+    """Return a header and one line a trial: its setting, scores, cost, and how it has ended; best on val first."""
 
     def rank(number: int) -> tuple[bool, float]:
         result = results[number]
@@ -224,7 +174,7 @@ def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[l
 
 
 def table_csv(results: Sequence[TrialResult], chosen: Sequence[int]) -> bytes:
-    """Returns the table of trials as CSV."""
+    """Return the table of trials as CSV."""
     text = io.StringIO()
     header, lines = table_rows(results, chosen)
     csv.writer(text, lineterminator="\n").writerows([header, *lines])
@@ -232,6 +182,6 @@ def table_csv(results: Sequence[TrialResult], chosen: Sequence[int]) -> bytes:
 
 
 def trials_table(trials: Trials) -> str:
-    """Returns the table of trials as text."""
+    """Return the table of trials as text."""
     chosen = [number for number, result in enumerate(trials.results) if result in trials.chosen]
     return text_table(*table_rows(trials.results, chosen))

@@ -9,7 +9,7 @@ from coldtap.adaptors.networks.contract import arrays_of, describe_gathers, refu
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options, require_at_least
 from coldtap.adaptors.results import Cell
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.adaptors.training.protocol import PROTOCOLS, run_protocol
 from coldtap.errors import ColdtapError, InterruptedRunError, MissingFeaturesError, OptionError
 from coldtap.stores import open_store

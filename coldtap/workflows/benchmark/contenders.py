@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from coldtap.adaptors.networks.kinds import ADAPTORS, adaptor_kind
 from coldtap.adaptors.networks.options import option_defaults, parse_options
-from coldtap.adaptors.training.grid import TRAINING_KEYS, expand_grid, trial_settings
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.grid import TRAINING_KEYS, expand_grid, trial_options
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.errors import OptionError
 from coldtap.stores.format.gathers import GatherName
 
@@ -85,7 +85,7 @@ def make_contenders(
         contender = Contender(adaptor=name, options=of_options[name], trials=tuple(expand_grid(values)))
         known = adaptor_kind(name).options
         parse_options(known, contender.options, adaptor=name)
-        trial_settings(name, known, contender.trials, training=training, options=contender.options)
+        trial_options(name, known, contender.trials, training=training, options=contender.options)
         found.append(contender)
     return found
 

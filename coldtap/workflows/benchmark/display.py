@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from coldtap.adaptors.training.checkpoint import TrialState
+from coldtap.adaptors.training.state import TrialState
 from coldtap.stores.writing.reporting import Reporter, Silence
 
 

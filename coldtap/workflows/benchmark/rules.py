@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options
-from coldtap.adaptors.training.grid import trial_settings
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.grid import trial_options
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.errors import ModelError, RunError
 from coldtap.stores.format.canonical import canonical_json, parse_json
 from coldtap.stores.storage.atomic import write_file
@@ -78,7 +78,7 @@ def _settings(contender: Contender, training: TrainingOptions) -> dict[str, Any]
     """The options of all trials, the defaults too, and the values of the grid by name."""
     kind = adaptor_kind(contender.adaptor)
     options = asdict(parse_options(kind.options, contender.options, adaptor=contender.adaptor))
-    trials = trial_settings(
+    trials = trial_options(
         contender.adaptor, kind.options, contender.trials, training=training, options=contender.options
     )
     grid = {name: sorted({trial.varied[name] for trial in trials}, key=repr) for name in trials[0].varied}

@@ -143,7 +143,7 @@ def run_benchmark(
     with closing(_train_all(tasks, clock, jobs, display)) as cells:
         for one in cells:
             done.append(one)
-            tell(clock.lap(one))
+            tell(clock.finish(one))
             write_tables(benchmark.out, benchmark.table(done))
     return benchmark.table(done), next((one.exit_code for one in done if one.exit_code), 0)
 
@@ -241,7 +241,7 @@ class _Clock:
         """What a cell reads."""
         return self._sizes[task.dataset, task.adaptor]
 
-    def lap(self, done: Done) -> str:
+    def finish(self, done: Done) -> str:
         """Counts a cell; returns a line on it."""
         cell = done.cell
         self._left.pop((cell.dataset, cell.adaptor))

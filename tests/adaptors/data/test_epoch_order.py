@@ -11,7 +11,7 @@ from coldtap.adaptors.data import epoch_order
 from coldtap.adaptors.data.epoch_order import (
     MIN_POOL_BLOCKS,
     POOL_SAMPLES,
-    batch_cuts,
+    batch_bounds,
     block_mixing,
     block_starts,
     epoch_draw,
@@ -88,8 +88,8 @@ def test_a_pool_mixes_whole_blocks_and_no_others(block_rows):
 
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(1, 5))
 def test_processes_share_the_batches_of_one(n_samples, batch_size, world_size):
-    whole = batch_cuts(n_samples, batch_size=batch_size * world_size)
-    parts = [batch_cuts(n_samples, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
+    whole = batch_bounds(n_samples, batch_size=batch_size * world_size)
+    parts = [batch_bounds(n_samples, batch_size=batch_size, rank=r, world_size=world_size) for r in range(world_size)]
     assert len({len(part) for part in parts}) == 1
     left_out = len(whole) - len(parts[0])
     # Only a last global batch that would leave a process without a sample is left out.
@@ -102,7 +102,7 @@ def test_processes_share_the_batches_of_one(n_samples, batch_size, world_size):
 
 
 def test_a_single_process_leaves_nothing_out():
-    assert batch_cuts(10, batch_size=3).tolist() == [[0, 3], [3, 6], [6, 9], [9, 10]]
+    assert batch_bounds(10, batch_size=3).tolist() == [[0, 3], [3, 6], [6, 9], [9, 10]]
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [(-1, 2), (2, 2), (0, 0)])
@@ -110,7 +110,7 @@ def test_a_rank_outside_its_world_is_refused(rank, world_size):
     with pytest.raises(
         OptionError, match=rf"rank={rank}: it must be 0 to {world_size - 1} for world_size={world_size}"
     ):
-        batch_cuts(10, batch_size=3, rank=rank, world_size=world_size)
+        batch_bounds(10, batch_size=3, rank=rank, world_size=world_size)
 
 
 def together(blocks, batch_size, by_block, n_epochs=300):

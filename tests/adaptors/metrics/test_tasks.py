@@ -36,11 +36,11 @@ def drawn(kind, *, seed=0, n_trials=N_TRIALS):
 
 
 def tallied(kind, logits, targets, *, batch=7, device=CPU):
-    """A tally of all samples, in batches."""
-    tally = task_of(kind).tally(n_trials=len(logits), n_classes=logits.shape[-1], device=device, keep_rows=True)
+    """The metrics of all samples, in batches."""
+    counted = task_of(kind).metrics(n_trials=len(logits), n_classes=logits.shape[-1], device=device, keep_rows=True)
     for start in range(0, len(targets), batch):
-        tally.add(logits[:, start : start + batch], targets[start : start + batch])
-    return tally
+        counted.add(logits[:, start : start + batch], targets[start : start + batch])
+    return counted
 
 
 # Losses
@@ -210,9 +210,9 @@ def test_a_trial_whose_logits_are_not_finite_leaves_the_others_alone(kind):
     logits, targets = drawn(kind)
     sound = tallied(kind, logits, targets).scores()
     logits[1] = float("nan")
-    tally = tallied(kind, logits, targets)
-    assert [tally.scores()[trial] for trial in (0, 2)] == [sound[0], sound[2]]
-    assert [math.isfinite(loss) for loss in tally.losses()] == [True, False, True]
+    counted = tallied(kind, logits, targets)
+    assert [counted.scores()[trial] for trial in (0, 2)] == [sound[0], sound[2]]
+    assert [math.isfinite(loss) for loss in counted.losses()] == [True, False, True]
 
 
 def test_a_split_without_any_label_scores_nothing():
@@ -229,8 +229,8 @@ def test_a_split_of_one_sample_has_scores():
 
 def test_a_split_of_ignored_tokens_scores_nothing():
     logits, targets = drawn("token-class")
-    tally = tallied("token-class", logits, torch.full_like(targets, -1))
-    assert (tally.scores()[0], tally.losses()[0]) == ({"mIoU": 0.0, "accuracy": 0.0}, 0.0)
+    counted = tallied("token-class", logits, torch.full_like(targets, -1))
+    assert (counted.scores()[0], counted.losses()[0]) == ({"mIoU": 0.0, "accuracy": 0.0}, 0.0)
 
 
 @pytest.mark.gpu
@@ -243,11 +243,11 @@ def test_a_gpu_gives_the_scores_of_the_cpu_and_waits_for_nothing_between_batches
     tallied(kind, *moved, device=device)  # kernels are loaded
     torch.cuda.set_sync_debug_mode("error")
     try:
-        tally = tallied(kind, *moved, device=device)
+        counted = tallied(kind, *moved, device=device)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert tally.losses() == pytest.approx(on_cpu.losses(), rel=1e-5)
-    for found, expected in zip(tally.scores(), on_cpu.scores(), strict=True):
+    assert counted.losses() == pytest.approx(on_cpu.losses(), rel=1e-5)
+    for found, expected in zip(counted.scores(), on_cpu.scores(), strict=True):
         assert found == pytest.approx(expected, rel=1e-6)
     losses = task_of(kind).losses(moved[0][0], moved[1], label_smoothing=0.1)
     expected = task_of(kind).losses(logits[0], targets, label_smoothing=0.1)

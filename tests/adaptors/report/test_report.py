@@ -22,16 +22,17 @@ from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.adaptors.report import Thumbnails, read_report, render_page, wanted_images
 from coldtap.adaptors.report.costs import choose_split
 from coldtap.adaptors.report.matrix import confused_pairs, draw_matrix
+from coldtap.adaptors.report.numbers import show_bytes, show_count, show_percent, show_seconds
 from coldtap.adaptors.report.outcome import many_labels, single_label, token_classes
-from coldtap.adaptors.report.page import MOST_IMAGE_BYTES, MOST_SECTIONS
+from coldtap.adaptors.report.page import MAX_IMAGE_BYTES, MAX_SECTIONS
 from coldtap.adaptors.report.refits import refit_of_best, refits_of
 from coldtap.adaptors.report.svg import fit_axis
 from coldtap.adaptors.report.tables import best_setting, differing_settings
-from coldtap.adaptors.report.wording import show_bytes, show_count, show_percent, show_seconds
 from coldtap.adaptors.runs.predictions import read_predictions
+from coldtap.adaptors.runs.record import Failure
 from coldtap.adaptors.runs.run_folder import read_epochs, write_failure
 from coldtap.adaptors.training.grid import expand_grid
-from coldtap.adaptors.training.plan import TrainingOptions
+from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.adaptors.training.protocol import run_protocol
 from coldtap.adaptors.training.trials import train_trials
 from coldtap.errors import RunError
@@ -283,7 +284,7 @@ def test_a_setting_of_which_a_seed_failed_is_not_the_best(protocol, tmp_path):
     first = read_report([copy]).runs[0]
     settings = read_run(Path(first.folder)).settings
     failed = dataclasses.replace(settings, seed=7)
-    write_failure(copy / "search" / "seed=7", failed, "the loss is nan", seconds=1.0)
+    write_failure(copy / "search" / "seed=7", Failure(settings=failed, reason="the loss is nan", seconds=1.0))
     (store,) = read_report([copy]).stores
     assert [run.failed_seeds for run in store.runs if not run.is_refit] == [(), (7,)]
     assert first.name in [run.name for run in store.runs if run.failed_seeds]
@@ -557,7 +558,7 @@ def _page_with(report, outcome):
 def test_images_stop_where_the_page_has_its_share(runs):
     report = read_report([runs / "mist"])
     wanted = wanted_images(report.stores[0])
-    images = {sample: bytes(MOST_IMAGE_BYTES // 3) for sample in wanted}
+    images = {sample: bytes(MAX_IMAGE_BYTES // 3) for sample in wanted}
     page = render_page(report, [Thumbnails(images=images, note=None)])
     assert len(images_of(page)) == 3
     assert f"{len(wanted) - 3} images are left out" in page
@@ -568,13 +569,13 @@ def test_of_very_many_runs_the_best_have_a_section_and_all_are_in_the_table(runs
     (store,) = report.stores
     many = tuple(
         dataclasses.replace(store.runs[0], name=f"run {i}", settings={**store.runs[0].settings, "lr": float(i)})
-        for i in range(MOST_SECTIONS + 5)
+        for i in range(MAX_SECTIONS + 5)
     )
     changed = dataclasses.replace(report, stores=(dataclasses.replace(store, runs=many),))
     tags = _Tags(render_page(changed, [NO_IMAGES]))
-    assert len([of for of in tags.all("details") if of.get("class") == "run"]) == MOST_SECTIONS
+    assert len([of for of in tags.all("details") if of.get("class") == "run"]) == MAX_SECTIONS
     assert "The other 5 runs are in the table alone" in tags.text
-    assert f"run {MOST_SECTIONS + 4}" in tags.text
+    assert f"run {MAX_SECTIONS + 4}" in tags.text
 
 
 def test_scores_are_compared_on_val_where_there_is_one(runs):

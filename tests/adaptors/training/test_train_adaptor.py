@@ -15,11 +15,12 @@ import torch
 
 from coldtap.adaptors import load_adaptor, read_run, train_adaptor
 from coldtap.adaptors.data.devices import seeded
-from coldtap.adaptors.runs.run_folder import EpochRecord
-from coldtap.adaptors.training import loop as pass_module
+from coldtap.adaptors.runs.record import EpochRecord
+from coldtap.adaptors.training import checkpoint as checkpoint_module
 from coldtap.adaptors.training.checkpoint import read_checkpoint
-from coldtap.adaptors.training.loop import SharedPass, choose_epoch
+from coldtap.adaptors.training.loop import SharedPass
 from coldtap.adaptors.training.optimizer import learning_rate_at, make_optimizer
+from coldtap.adaptors.training.state import choose_epoch
 from coldtap.errors import (
     IncompleteStoreError,
     InterruptedRunError,
@@ -526,7 +527,7 @@ def lines_without_seconds(run):
 
 def test_checkpoints_that_are_slow_to_write_are_rarer(store, tmp_path, monkeypatch):
     clock, writes = [0.0], []
-    step, write = SharedPass._step, pass_module.write_checkpoint
+    step, write = SharedPass._step, checkpoint_module.write_checkpoint
 
     def stepping(self, batch):
         clock[0] += 0.125
@@ -537,9 +538,9 @@ def test_checkpoints_that_are_slow_to_write_are_rarer(store, tmp_path, monkeypat
         clock[0] += 1
         write(folder, checkpoint)
 
-    monkeypatch.setattr(pass_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint_module.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(SharedPass, "_step", stepping)
-    monkeypatch.setattr(pass_module, "write_checkpoint", writing)
+    monkeypatch.setattr(checkpoint_module, "write_checkpoint", writing)
     train(store, tmp_path / "run", epochs=5, checkpoint_every_s=0.25)
     # After a quarter of a second, and then, as a write takes a second, after one each.
     assert writes == [2, 10, 18, 26]

@@ -16,9 +16,10 @@ from coldtap.adaptors.data.devices import seeded
 from coldtap.adaptors.networks.kinds import ADAPTORS
 from coldtap.adaptors.training import finish as finishing_module
 from coldtap.adaptors.training import runner as passes_module
+from coldtap.adaptors.training.grouping import make_learner
 from coldtap.adaptors.training.loop import SharedPass
+from coldtap.adaptors.training.options import TrialOptions
 from coldtap.adaptors.training.plan import plan_trial
-from coldtap.adaptors.training.side_by_side import make_learners
 from coldtap.adaptors.training.stacked import CPU_STACK_VALUES
 from coldtap.adaptors.training.trial_memory import TrialMemory, _LiveBytes, forecast_trial, how_many_fit
 from coldtap.errors import InterruptedRunError, OptionError, RunError, SourceError
@@ -227,7 +228,7 @@ def test_a_larger_grid_trains_only_what_is_new(store, tmp_path, monkeypatch):
     run = SharedPass.run
 
     def counted(self, *args, **kwargs):
-        trained.extend(trial.plan.name for trial in self._trials)
+        trained.extend(trial.name for trial in self.trials)
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(SharedPass, "run", counted)
@@ -358,15 +359,17 @@ def test_the_forecast_is_what_a_step_takes_in_the_way_it_is_trained(store, tmp_p
     if not stacked:
         monkeypatch.setattr("coldtap.adaptors.training.stacked.CPU_STACK_VALUES", 0)
     opened, device = open_store(store), torch.device("cpu")
-    plan = plan_trial(opened, adaptor, TrainingOptions(batch_size=32), {}, name="x", folder=tmp_path)
+    plan = plan_trial(
+        opened, TrialOptions(adaptor=adaptor, training=TrainingOptions(batch_size=32)), folder=tmp_path / "x"
+    )
     batches = FeatureBatches(opened, plan.features, "train", batch_size=32)
-    batch, row_shape = next(batches.shuffled(seed=0, epoch=1)), plan.features.row_shape
-    members = [plan.member(opened, n_classes=3, device=device) for _ in range(5)]
-    memory = forecast_trial(members[0], batches.task, batch, row_shape=row_shape, device=device)
+    batch = next(batches.shuffled(seed=0, epoch=1))
+    networks = [plan.network(opened, n_classes=3, device=device) for _ in range(5)]
+    memory = forecast_trial(plan, networks[0], batches.task, batch, device=device)
     assert memory.stacked == stacked
-    assert memory.state == 8 * sum(p.numel() * 4 for p in members[1].network.parameters())
+    assert memory.state == 8 * sum(p.numel() * 4 for p in networks[1].parameters())
     # Four trials, as they are trained: their weights and moments are there before the step that is counted.
-    ((learner, _),) = make_learners(members[1:], batches.task, device, row_shape=row_shape)
+    learner = make_learner([plan] * 4, networks[1:], batches.task, device)
     learner.step(batch.features, batch.targets, [0.0] * 4)
     with _LiveBytes() as counter:
         learner.step(batch.features, batch.targets, [0.0] * 4)

@@ -559,10 +559,10 @@ def fitted(store, target, options, *, epochs=40):
             optimizer.zero_grad()
             losses.mean().backward()
             optimizer.step()
-    tally = test.task.tally(n_trials=1, n_classes=test.n_classes, device=torch.device("cpu"))
+    metrics = test.task.metrics(n_trials=1, n_classes=test.n_classes, device=torch.device("cpu"))
     for batch in test.ordered():
-        tally.add(probe(batch.features)[None], batch.targets)
-    return tally.scores()[0]
+        metrics.add(probe(batch.features)[None], batch.targets)
+    return metrics.scores()[0]
 
 
 def test_a_linear_probe_of_tokens_finds_a_coloured_square(tmp_path):

@@ -54,7 +54,7 @@ class LowRankAttention(nn.Module):
             nn.init.kaiming_uniform_(self.up.T, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Adds the low-rank attention of the tokens to them.
+        """Add the low-rank attention of the tokens to them.
 
         Args:
             x: (batch, token, channel).
@@ -95,7 +95,7 @@ class LowRankAttention(nn.Module):
         return part.view(batch, tokens, self.heads, width).transpose(1, 2).reshape(-1, tokens, width)
 
     def draw_noise(self, z: torch.Tensor) -> torch.Tensor | None:
-        """Draws what dropout and drop-path multiply Z by.
+        """Draw what dropout and drop-path multiply Z by.
 
         Args:
             z: (batch, token, rank), of which only shape and type matter.
@@ -115,7 +115,7 @@ class LowRankAttention(nn.Module):
 
 
 def lsa_parameters(*, channels: int, rank: int, norm: bool = True, bias: bool = False) -> int:
-    """Returns the parameters of one LSA module: 4dr, 2d for its norm, 3r + d for biases.
+    """Return the parameters of one LSA module: 4dr, 2d for its norm, 3r + d for biases.
 
     At d=768, r=4, 48 of them hold 663,552: one of several fits to the 0.66 M that are reported for LAST on ViT-B/16
     (docs/methods.md has the others).

@@ -40,7 +40,7 @@ class Sums:
 
 
 def can_run_groups(features: torch.Tensor) -> bool:
-    """Says whether `run_groups` may be used; if not, the modules must be called one after another.
+    """Say whether `run_groups` may be used; if not, the modules must be called one after another.
 
     It may not under a transform of `torch.func`, in an export, or where the features themselves want a gradient.
     """
@@ -57,7 +57,7 @@ def run_groups(
     corrected: bool,
     entry: nn.LayerNorm | None = None,
 ) -> torch.Tensor:
-    """Runs groups of equally built LSA modules over sums of taps.
+    """Run groups of equally built LSA modules over sums of taps.
 
     Group i, counted from 0, gets z_0 + … + z_{lead + i - 1} plus all increments before it. Kept for the backward pass
     are the modules' outputs Z, (batch, token, rank) each, one number a token more with biases, and the noise where
@@ -184,7 +184,7 @@ class Part:
         return F.layer_norm(first, (self.channels,), weight, bias, self.sums.entry_eps)
 
     def add_taps(self, summed: torch.Tensor, group: int) -> None:
-        """Adds the taps that come in before a group, counted from 0; after the last, what is left."""
+        """Add the taps that come in before a group, counted from 0; after the last, what is left."""
         last = self.sums.lead + group
         for tap in range(1 if group == 0 else last - 1, min(last, self.taps.shape[1])):
             summed.view(-1, self.tokens, self.channels).add_(self.taps[:, tap])
@@ -192,7 +192,7 @@ class Part:
     def add_gradient(
         self, matrices: Matrices, d_matrices: Matrices, d_entry: Sequence[torch.Tensor], gradient: torch.Tensor
     ) -> None:
-        """Goes through the groups in reverse, and adds to the gradients of the matrices and of the entry's norm.
+        """Go through the groups in reverse, and add to the gradients of the matrices and of the entry's norm.
 
         `gradient` is that of the part's result, (batch · token, channel), and is overwritten.
         """
@@ -240,7 +240,7 @@ def _centred(shape: LsaShape, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def _parts(taps: torch.Tensor) -> Iterator[slice]:
-    """Cuts the batch into parts as equal as may be; their number depends on the shape alone."""
+    """Cut the batch into parts as equal as may be; their number depends on the shape alone."""
     batch, _, tokens, channels = taps.shape
     limit = CPU_PART_BYTES if taps.device.type == "cpu" else GPU_PART_BYTES
     n_parts = min(batch, -(-batch * tokens * channels * taps.element_size() // limit))

@@ -25,7 +25,7 @@ def run_group(
     *,
     tokens: int,
 ) -> None:
-    """Computes what a group's modules add, as factors of their A_O.
+    """Compute what a group's modules add, as factors of their A_O.
 
     Args:
         shape: How the modules are built.
@@ -68,7 +68,7 @@ def group_gradient(
     d_z: torch.Tensor,
     d_matrices: Matrices,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Takes the gradient of what `run_group` wrote.
+    """Take the gradient of what `run_group` wrote.
 
     Args:
         shape: As there, like every argument that is not named here.
@@ -146,7 +146,7 @@ def _step_gradient(
     d_u: torch.Tensor,
     d_z_t: torch.Tensor,
 ) -> None:
-    """Adds the gradient of a module's step of the variance, Z · (2 A Xᵀ − A Aᵀ Z), X with the module's Z in it."""
+    """Add the gradient of a module's step of the variance, Z · (2 A Xᵀ − A Aᵀ Z), X with the module's Z in it."""
     rows = slice(own, own + shape.own_rows)
     weighted = z_t * weight
     d_u[rows] = 2 * weighted

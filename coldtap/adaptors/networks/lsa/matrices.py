@@ -70,12 +70,12 @@ class Matrices(NamedTuple):
     shift: torch.Tensor
 
     def of_group(self, i: int) -> "Matrices":
-        """Returns the matrices of one group, as views without the first axis."""
+        """Return the matrices of one group, as views without the first axis."""
         return Matrices(*(matrix[i] for matrix in self))
 
 
 def fold(shape: LsaShape, parameters: Sequence[torch.Tensor]) -> Matrices:
-    """Folds parameters, by `LsaShape.names` and then by module; differentiable, and small beside any feature."""
+    """Fold parameters, by `LsaShape.names` and then by module; differentiable, and small beside any feature."""
     n_modules = shape.groups * shape.modules
     stacked = {
         name: torch.stack(list(parameters[i * n_modules : (i + 1) * n_modules])).unflatten(0, (shape.groups, -1))

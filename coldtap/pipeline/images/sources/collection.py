@@ -8,7 +8,7 @@ from coldtap.pipeline.images.sources.folder import JUNK_FOLDERS
 from coldtap.pipeline.images.sources.parquet import parquet_files
 from coldtap.pipeline.images.sources.splits import canonical_split
 from coldtap.pipeline.images.sources.vtab import is_vtab
-from coldtap.pipeline.images.sources.wording import a_few
+from coldtap.text import a_few
 
 WANTED = (
     "a folder of datasets, each a NAME.parquet, or each a folder NAME in the VTAB-1K layout (train800.txt …), with "

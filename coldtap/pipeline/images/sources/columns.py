@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from coldtap.errors import SourceError
 from coldtap.pipeline.images.sources.labels import NULL, LabelSets
-from coldtap.pipeline.images.sources.wording import a_few
+from coldtap.text import a_few
 
 OPTIONAL_COLUMNS = ("label_name", "split", "id")
 

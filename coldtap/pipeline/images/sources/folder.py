@@ -17,7 +17,7 @@ from coldtap.pipeline.images.sources.files import FileSource
 from coldtap.pipeline.images.sources.labels import NULL
 from coldtap.pipeline.images.sources.listing import fingerprint_of, make_listing
 from coldtap.pipeline.images.sources.splits import ACCEPTED, SPLITS, Labels, canonical_split
-from coldtap.pipeline.images.sources.wording import a_few, images
+from coldtap.text import a_few, images
 
 IMAGE_EXTENSIONS = frozenset(
     {".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg"}

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from coldtap.errors import SourceError
 from coldtap.pipeline.images.sources.splits import Labels
-from coldtap.pipeline.images.sources.wording import a_few, a_few_of, images
+from coldtap.text import a_few, a_few_of, images
 
 type LabelSets = list[tuple[int, ...] | None]
 """The classes of each sample, any number of them; None where they are missing."""

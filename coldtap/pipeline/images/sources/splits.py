@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coldtap.errors import SourceError
-from coldtap.pipeline.images.sources.wording import a_few, images
+from coldtap.text import a_few, images
 
 type Labels = Literal["required", "optional"]
 """Whether a source is trained from (labels, two classes and a train split are required) or only looked at."""

@@ -5,6 +5,7 @@ from math import inf, isfinite, log10
 
 from coldtap.pipeline.quantisation.compensation.cwac import SiteFit
 from coldtap.stores.compensation.channel_affine import ChannelAffine, ChannelMoments
+from coldtap.text import text_table
 
 NAMES_A_REASON = 3
 
@@ -24,7 +25,7 @@ def site_table(fits: Sequence[SiteFit]) -> str:
         for fit in fits
     ]
     added, folded = sum(fit.n_parameters for fit in fits), sum(fit.n_folded_parameters for fit in fits)
-    return aligned(header, [*lines, ("all", "", "", "", f"{added:,}", f"{folded:,}")])
+    return text_table(header, [*lines, ("all", "", "", "", f"{added:,}", f"{folded:,}")], numbers_right=True)
 
 
 def left_float_lines(left_float: Mapping[str, str]) -> list[str]:
@@ -61,12 +62,3 @@ def show_db(value: float) -> str:
     if value == inf:
         return "exact"
     return f"{value:.2f}" if isfinite(value) else "–"
-
-
-def aligned(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table: names to the left, numbers to the right."""
-    rows = [header, *lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(map(str.rjust, row[1:], widths[1:]))]).rstrip() for row in rows
-    )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GREY, BLUE, ORANGE, GREEN = "#7a7a7a", "#2f6db3", "#d9822b", "#2a8f5b"
-MOST_LABELS = 26  # that stay legible below a panel
+MAX_LABELS = 26  # that stay legible below a panel
 BAR = 0.38  # of the room that a site has
 
 
@@ -139,7 +139,7 @@ def _legend_above(axes: "Axes") -> None:
 
 def _name(axes: "Axes", names: Sequence[str]) -> None:
     """Name the places on the lower axis, as many as there is room for."""
-    step = -(-len(names) // MOST_LABELS)
+    step = -(-len(names) // MAX_LABELS)
     long = max(map(len, names)) > 4
     axes.set_xlim(-0.7, len(names) - 0.3)  # whatever could not be drawn
     axes.set_xticks(range(0, len(names), step), names[::step], rotation=90 if long else 0, fontsize=9)

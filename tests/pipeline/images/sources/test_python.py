@@ -16,7 +16,7 @@ from coldtap.errors import SourceError
 from coldtap.pipeline.images.decode import BadImageError, decode_rgb
 from coldtap.pipeline.images.sources import open_source
 from coldtap.pipeline.images.sources.splits import cut_val
-from coldtap.pipeline.images.sources.wording import a_few
+from coldtap.text import a_few
 from tests.helpers.pictures import encoded, picture, write_classes
 
 INTEGER = {np.array: np.int64, torch.tensor: torch.int64}  # of an empty array too

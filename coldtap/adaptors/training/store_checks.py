@@ -1,13 +1,13 @@
 """What a store must hold for a training to have something to learn."""
 
 from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.runs.run_folder import Fit
+from coldtap.adaptors.runs.settings import Fit
 from coldtap.errors import SourceError
 from coldtap.stores import Store
 
 
 def require_splits(store: Store, fit: Fit) -> None:
-    """Refuses a store that lacks a split.
+    """Refuse a store that lacks a split.
 
     Raises:
         SourceError: There is no train or no val.
@@ -22,7 +22,7 @@ def require_splits(store: Store, fit: Fit) -> None:
 
 
 def require_something_to_learn(store: Store, train: FeatureBatches, target: str) -> None:
-    """Refuses targets that are all alike.
+    """Refuse targets that are all alike.
 
     Raises:
         SourceError: Less than two samples, or a single class or target.
