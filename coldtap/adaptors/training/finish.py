@@ -111,7 +111,7 @@ def write_trials(
             weights=data,
             compensation=compensation,
         )
-        title = f"{plan.settings.adaptor} on {store.path.name}, {parameters[number]:,} parameters"
+        title = f"{plan.settings.adaptor} on {store.name}, {parameters[number]:,} parameters"
         # Trials that share a pass share one picture: drawing one each would take longer than a probe's training.
         picture = draw_curves(state.records, best=state.best, title=title, metric=info.metric) if trials == 1 else None
         predictions = {split: found.predictions for split, found in evaluated.items()}
@@ -159,7 +159,7 @@ def _info(
         device=describe_device(train.device),
         residency=train.residency,
         versions=_versions(),
-        store=str(store.path),
+        store=str(store.storage),
         model=store.recorded["model"],
         extractor=store.recipe.extractor.to_dict(),
         adaptor_sha256=sha256(weights),

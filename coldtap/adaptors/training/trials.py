@@ -23,6 +23,7 @@ from coldtap.adaptors.training.plan import PlannedTrial, TrainingOptions, plan_t
 from coldtap.adaptors.training.runner import train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
+from coldtap.stores.storage.address import Place
 from coldtap.stores.storage.atomic import write_file
 
 TABLE = "trials.csv"
@@ -53,7 +54,7 @@ class Trials:
 
 
 def train_trials(
-    store: Store | str | Path,
+    store: Store | Place,
     adaptor: str,
     trials: Sequence[Mapping[str, object]],
     *,
@@ -76,7 +77,7 @@ def train_trials(
     side by side, to rounding where they are computed as one.
 
     Args:
-        store: A store or its path.
+        store: A store, its path or its storage.
         adaptor: The name of an adaptor, or `module:NAME`.
         trials: Of each its own settings by name: the adaptor's options, or those of `TRAINING_KEYS`. `expand_grid`
             makes them of a grid; an optimiser such as Optuna asks for them.
@@ -140,7 +141,7 @@ def train_trials(
         for number, info in zip(chosen, infos, strict=True):
             results[number] = replace(results[number], info=info)
     write_file(out / TABLE, [table_csv(results, chosen)])
-    write_file(out / PICTURE, [_picture(results, chosen, title=f"{adaptor} on {store.path.name}")])
+    write_file(out / PICTURE, [_picture(results, chosen, title=f"{adaptor} on {store.name}")])
     if not chosen:
         reason = next(result.failure for result in results if result.failure is not None)
         raise RunError(f"every setting has a trial without a result; {out / TABLE} says why; the first: {reason}")

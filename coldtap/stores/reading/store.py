@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,11 @@ class Store:
         if not isinstance(place, Path):
             raise StoreError(f"the store at {self.storage} lies in no folder of this machine")
         return place
+
+    @property
+    def name(self) -> str:
+        """The last part of where it lies, for titles."""
+        return PurePath(str(self.storage)).name
 
     @property
     def manifest(self) -> Manifest:
