@@ -33,9 +33,9 @@ def write_store(path: Path, spec: ArraySpec, n_samples: int, values: Values) -> 
     order = np.random.default_rng(0).permutation(n_samples).tolist()
     plan = RowPlan(order={"train": tuple(order)}, views=0, block_rows=spec.block_rows)
     recipe = _recipe(spec, plan, ids)
-    writer = StoreWriter(path, recipe, [spec], plan)
     recorded = {"environment": {"device": "none"}, "model": "made", "source": "memory"}
-    writer.start(recorded, {spec.name: Numbers(exponents=(0,) * len(spec.taps))}, None)
+    numbers = {spec.name: Numbers(exponents=(0,) * len(spec.taps))}
+    writer = StoreWriter.begin(path, recipe, [spec], plan, recorded=recorded, numbers=numbers, norm=None)
     for block in range(plan.n_blocks):
         _write_block(writer, block, values)
     targets = [sample % N_CLASSES for sample in order]

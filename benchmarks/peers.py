@@ -22,6 +22,7 @@ from coldtap.stores import StoredArray, open_store
 from coldtap.stores.format.chunks import CRC_BYTES
 from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.reading.shard_files import ShardFile
+from coldtap.stores.storage.local import LocalStorage
 
 BATCH_SIZE = 64
 ANNOUNCED = 5  # batches, as in `adaptors/read_ahead.py`, which imports torch
@@ -116,10 +117,10 @@ class BareDecode:
 
 def _frames(path: Path, array: StoredArray) -> Iterator[list[bytes]]:
     """The compressed chunks of each row, without their checksums."""
-    spec = array.spec
+    spec, storage = array.spec, LocalStorage(path)
     for block in range(array.n_rows // spec.block_rows):
-        file = path / FEATURES / spec.shard_key(block)
-        index, data = ShardFile(file, spec, block * spec.block_rows).index, file.read_bytes()
+        name = f"{FEATURES}/{spec.shard_key(block)}"
+        index, data = ShardFile(storage, name, spec, block * spec.block_rows).index, storage.get(name, limit=None)
         for offsets, lengths in zip(index.offsets.tolist(), index.lengths.tolist(), strict=True):
             yield [data[offset : offset + length - CRC_BYTES] for offset, length in zip(offsets, lengths, strict=True)]
 

@@ -86,9 +86,10 @@ class JobProgress(WorkProgress):
 
     def forecast(self, forecast: Forecast) -> None:
         """Print what is left to do, and start the bar."""
+        free = "" if forecast.free_bytes is None else f"; {show_bytes(forecast.free_bytes)} free"
         self.note(
             f"forecast: {forecast.n_rows} rows, {show_bytes(forecast.n_bytes)}, about "
-            f"{show_seconds(forecast.seconds)}; {show_bytes(forecast.free_bytes)} free"
+            f"{show_seconds(forecast.seconds)}{free}"
         )
 
         def show(done: int, rate: float) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from coldtap.stores.storage.contract import Storage
 from coldtap.stores.writing.forecast import Forecast
 
 
@@ -12,7 +13,7 @@ class CacheReport:
     """How a job ended.
 
     Attributes:
-        store: the store's path.
+        store: where the store is: its path, or its storage.
         status: `written`; `unchanged` where it was complete already; `relabelled` where only targets were new;
             `forecast` after a dry run.
         digest: SHA-256 of the manifest; None after a dry run.
@@ -21,7 +22,7 @@ class CacheReport:
         forecast: what was left to do when the job began; None where there was nothing.
     """
 
-    store: Path
+    store: Path | Storage
     status: Literal["written", "unchanged", "relabelled", "forecast"]
     digest: str | None
     n_rows: int

@@ -22,18 +22,19 @@ from coldtap.pipeline.run.block_run import BlockRun
 from coldtap.pipeline.run.environment import require_same_environment
 from coldtap.pipeline.run.rejections import Rejections
 from coldtap.stores.format.codes import ErrorBound
-from coldtap.stores.format.journal import JournalLine, read_line
+from coldtap.stores.format.journal import JournalLine
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.tiers import Layout, TierName
+from coldtap.stores.reading.journal_lines import finished_blocks, read_line
+from coldtap.stores.reading.manifest_files import is_complete
 from coldtap.stores.reading.recipe_file import read_recipe, require_extraction, require_same_recipe
 from coldtap.stores.reading.store import open_store
-from coldtap.stores.reading.stored_numbers import stored_numbers
-from coldtap.stores.storage.atomic import machine_errors
-from coldtap.stores.storage.lock import StoreLock
+from coldtap.stores.storage.address import Place, place_of, storage_at
+from coldtap.stores.storage.contract import Storage
 from coldtap.stores.writing.forecast import Forecast, forecast, require_space
 from coldtap.stores.writing.reporting import Reporter, Silence
 from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
-from coldtap.stores.writing.writer import StoreWriter, is_complete
+from coldtap.stores.writing.writer import StoreWriter
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +45,7 @@ if TYPE_CHECKING:
 
 def cache_features(
     source: Any,
-    store: str | Path,
+    store: Place,
     *,
     model: "str | nn.Module | None" = None,
     checkpoint: str | Path | None = None,
@@ -80,7 +81,7 @@ def cache_features(
 
     Args:
         source: a path that `open_source` understands, a source, or any indexable of (image, target).
-        store: where the store is, or will be. The same recipe goes on, or has nothing to do.
+        store: where the store is, or will be: a path, or a storage. The same recipe goes on, or has nothing to do.
         model: a timm name, `coldtap/vit-reference` (the default), or any module; with `quantized` its own.
         checkpoint: local weights for a timm name.
         random_weights: no trained weights, for measurements.
@@ -148,13 +149,13 @@ def cache_features(
         allow_mixed=allow_mixed,
         dry_run=dry_run,
     )
-    return _run(job, Path(store), running, reporter or Silence())
+    return _run(job, storage_at(store), running, reporter or Silence())
 
 
-def _run(job: JobDescription, path: Path, running: RunOptions, reporter: Reporter) -> CacheReport:
-    """Plan the job against what is at the path, and do what is left of it."""
-    _refuse_store_in_source(path, job.source)
-    found = read_recipe(path)
+def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: Reporter) -> CacheReport:
+    """Plan the job against what is there, and do what is left of it."""
+    _refuse_store_in_source(storage, job.source)
+    found = read_recipe(storage)
     images = job.open_source()
     for note in images.listing.notes:
         reporter.note(note)
@@ -164,20 +165,20 @@ def _run(job: JobDescription, path: Path, running: RunOptions, reporter: Reporte
         name, why = engine.kernel
         reporter.note(f"kernel {name}: {why}")
         job = _with_kernel(job, name)  # workers shall not choose for themselves
-    splits = _splits(path, found[0] if found else None, images.listing)
+    splits = _splits(storage, found[0] if found else None, images.listing)
     plan = plan_job(images, engine.describe(), splits=splits, rows=job.rows, encoding=job.encoding)
     if found is not None:
-        require_same_recipe(path, found[0], plan.recipe)
-        if is_complete(path):
-            return relabel(path, plan, dry_run=running.dry_run)
-        require_extraction(path, found[1])
+        require_same_recipe(storage, found[0], plan.recipe)
+        if is_complete(storage):
+            return relabel(storage, plan, dry_run=running.dry_run)
+        require_extraction(storage, found[1])
     began = found[1]["environment"] if found else {}
     size = running.batch_size or began.get("batch_size") or engine.choose_batch_size()
     environment = engine.environment(size)
     if found is not None:
         require_same_environment(began, environment, allow_mixed=running.allow_mixed)
     work = _Work(
-        store=path,
+        storage=storage,
         plan=plan,
         engine=engine,
         running=running,
@@ -212,7 +213,7 @@ def _load_engine(options: ExtractorOptions) -> "Engine":
 class _Work:
     """A planned job on a store that is not complete; `recorded` is what an earlier call wrote beside the recipe."""
 
-    store: Path
+    storage: Storage
     plan: JobPlan
     engine: "Engine"
     running: RunOptions
@@ -225,15 +226,12 @@ class _Work:
     def run(self, decoder: Decoder) -> CacheReport:
         """Calibrate, forecast, and do the blocks that are not there yet."""
         plan = self.plan
-        writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
         calibration = self.engine.calibrate(decoder, plan)
-        todo, ahead = self._look_ahead(writer, calibration)
+        todo, ahead = self._look_ahead(calibration)
         if self.running.dry_run:
-            return CacheReport(store=self.store, status="forecast", digest=None, n_rows=0, n_rejected=0, forecast=ahead)
-        require_space(self.store, ahead)
-        with machine_errors(self.store):
-            self.store.mkdir(parents=True, exist_ok=True)
-        with StoreLock(self.store), stop_on_signals() as request:
+            return self._report("forecast", None, n_rows=0, n_rejected=0, ahead=ahead)
+        require_space(self.storage, ahead)
+        with self.storage.lock(), stop_on_signals() as request:
             self._require_alone()
             recorded = self.recorded or {
                 "environment": self.environment,
@@ -241,46 +239,66 @@ class _Work:
                 "source": plan.source.name,
                 "errors": calibration.errors,
             }
-            writer.start(recorded, stored_numbers(self.store, plan.specs) or calibration.numbers, plan.backbone.norm)
+            writer = StoreWriter.begin(
+                self.storage,
+                plan.recipe,
+                plan.specs,
+                plan.rows,
+                recorded=recorded,
+                numbers=calibration.numbers,
+                norm=plan.backbone.norm,
+            )
             rejections = self._count_earlier(todo)
             try:
                 with closing(self._do(decoder, writer, todo, request)) as lines:
                     for line in lines:
                         rejections.count(line)
             except InterruptedRunError:
-                raise self._interrupted(writer, request) from None
+                raise self._interrupted(request) from None
             digest = writer.finish(plan.source.listing.ids, plan.source.where, plan.targets())
+        n_rejected = rejections.n_rows
+        n_rows = plan.rows.n_planned - n_rejected
+        return self._report("written", digest, n_rows=n_rows, n_rejected=n_rejected, ahead=ahead)
+
+    def _report(
+        self,
+        status: Literal["written", "forecast"],
+        digest: str | None,
+        *,
+        n_rows: int,
+        n_rejected: int,
+        ahead: Forecast,
+    ) -> CacheReport:
         return CacheReport(
-            store=self.store,
-            status="written",
+            store=place_of(self.storage),
+            status=status,
             digest=digest,
-            n_rows=plan.rows.n_planned - rejections.n_rows,
-            n_rejected=rejections.n_rows,
+            n_rows=n_rows,
+            n_rejected=n_rejected,
             forecast=ahead,
         )
 
-    def _look_ahead(self, writer: StoreWriter, calibration: "Calibration") -> tuple[list[int], Forecast]:
+    def _look_ahead(self, calibration: "Calibration") -> tuple[list[int], Forecast]:
         """The blocks that are not there yet, and what they will take."""
-        done = set(writer.finished_blocks()) if self.recorded else set()
-        todo = [block for block in range(writer.plan.n_blocks) if block not in done]
-        ahead = forecast(
-            self.store, writer.specs, writer.plan, todo, calibration.rows_per_second, calibration.compressed
-        )
+        rows = self.plan.rows
+        done = set(finished_blocks(self.storage, rows.n_blocks)) if self.recorded else set()
+        todo = [block for block in range(rows.n_blocks) if block not in done]
+        ahead = forecast(self.storage, self.plan.specs, rows, todo, calibration.rows_per_second, calibration.compressed)
         if self.recorded:
-            self.reporter.note(f"going on with {self.store}: {len(done)} of {writer.plan.n_blocks} blocks are there")
+            self.reporter.note(f"going on with {self.storage}: {len(done)} of {rows.n_blocks} blocks are there")
         self.reporter.forecast(ahead)
         return todo, ahead
 
     def _require_alone(self) -> None:
         """With the lock in hand, the store must still be what it was when the job was planned."""
-        if is_complete(self.store) or (self.recorded is None and read_recipe(self.store) is not None):
-            raise StoreLockedError(f"another job wrote to {self.store} meanwhile: run the same command again")
+        if is_complete(self.storage) or (self.recorded is None and read_recipe(self.storage) is not None):
+            raise StoreLockedError(f"another job wrote to {self.storage} meanwhile: run the same command again")
 
     def _count_earlier(self, todo: Sequence[int]) -> Rejections:
         """The rejections of blocks that are there already."""
         rejections = Rejections(self.plan.rows, self.plan.source, self.running.max_rejected)
         for block in sorted(set(range(self.plan.rows.n_blocks)) - set(todo)):
-            if line := read_line(self.store, block):
+            if line := read_line(self.storage, block):
                 rejections.count(line)
         return rejections
 
@@ -301,10 +319,12 @@ class _Work:
             return self.engine.run_here(run, todo)
         return self.engine.run_on_workers(run, todo, n_workers, self.description)
 
-    def _interrupted(self, writer: StoreWriter, request: StopRequest) -> InterruptedRunError:
-        n_there, n_blocks = len(writer.finished_blocks()), self.plan.rows.n_blocks
+    def _interrupted(self, request: StopRequest) -> InterruptedRunError:
+        n_blocks = self.plan.rows.n_blocks
+        n_there = len(finished_blocks(self.storage, n_blocks))
         return request.error(
-            f"stopped: {n_there} of {n_blocks} blocks of {self.store} are there and stay; run the same command to go on"
+            f"stopped: {n_there} of {n_blocks} blocks of {self.storage} are there and stay; run the same command to "
+            "go on"
         )
 
 
@@ -340,22 +360,23 @@ def _for_workers(job: JobDescription, images: Source) -> bytes:
     return (job if is_path else replace(job, source=images)).dumps()
 
 
-def _refuse_store_in_source(store: Path, source: Any) -> None:
+def _refuse_store_in_source(storage: Storage, source: Any) -> None:
     """A store below the folder of images would be listed as images by the next call."""
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        folder, inside = Path(source).resolve(), store.resolve()
-        if inside.is_relative_to(folder):
-            raise OptionError(f"{store} lies inside {source}, which is read as images: give a path outside it")
+    place = place_of(storage)
+    if not isinstance(source, (str, Path)) or not Path(source).is_dir() or not isinstance(place, Path):
+        return
+    if place.resolve().is_relative_to(Path(source).resolve()):
+        raise OptionError(f"{storage} lies inside {source}, which is read as images: give a path outside it")
 
 
-def _splits(path: Path, recipe: Recipe | None, listing: Listing) -> Sequence[str]:
+def _splits(storage: Storage, recipe: Recipe | None, listing: Listing) -> Sequence[str]:
     """The split of each sample; a val split that a complete store cut from train stays as it was cut.
 
     The cut is stratified by label, so corrected labels would move it, and labels are no part of a recipe.
     """
     if recipe is None or not listing.val_is_cut or recipe.rows.listing != listing.fingerprint:
         return listing.splits
-    if recipe.rows.val != "cut from train" or not is_complete(path):
+    if recipe.rows.val != "cut from train" or not is_complete(storage):
         return listing.splits
-    stored = open_store(path).splits_by_id()
+    stored = open_store(storage).splits_by_id()
     return [stored.get(sample, split) for sample, split in zip(listing.ids, listing.splits, strict=True)]

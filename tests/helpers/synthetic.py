@@ -87,11 +87,11 @@ def synthetic_store(
         },
     }
     recipe = Recipe.from_parts(parts, where=str(path))
-    writer = StoreWriter(path, recipe, specs, plan)
     recorded = {"environment": {"device": "none"}, "model": "synthetic", "source": "memory"}
     numbers = {spec.name: _numbers(spec, values[0], ErrorBound(snr_db=snr_db), scaling or {}) for spec in specs}
-    path.mkdir(parents=True, exist_ok=True)
-    writer.start(recorded, numbers, norm or layer_norm(8))
+    writer = StoreWriter.begin(
+        path, recipe, specs, plan, recorded=recorded, numbers=numbers, norm=norm or layer_norm(8)
+    )
     for block in range(plan.n_blocks) if blocks is None else blocks:
         _write(writer, block, values, rejected, ranges or {})
     if finish:

@@ -33,7 +33,7 @@ from coldtap.stores.format.manifest import MANIFEST
 from coldtap.stores.storage.lock import StoreLock
 from coldtap.stores.verify.verify import verify_store
 from coldtap.stores.writing.reporting import Silence
-from coldtap.stores.writing.writer import update_targets
+from coldtap.stores.writing.updates import update_targets
 from tests.helpers.jobs import TAPS, TinyNet, cache, files, in_memory, read
 from tests.helpers.pictures import picture
 

@@ -20,7 +20,7 @@ from coldtap.stores.format.manifest import MANIFEST
 from coldtap.stores.format.targets import targets_bytes
 from coldtap.stores.storage.atomic import TEMPORARY_SUFFIX
 from coldtap.stores.verify.verify import verify_store
-from coldtap.stores.writing.writer import update_targets
+from coldtap.stores.writing.updates import update_targets
 from tests.helpers.jobs import TinyNet, cache, coldtap, error_line, files, in_memory
 from tests.helpers.pictures import encoded, picture, write_classes, write_pictures
 

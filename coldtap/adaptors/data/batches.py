@@ -176,7 +176,7 @@ def _rows_by_view(store: Store, split: str) -> Rows:
 def _rows_of_split(store: Store, split: str) -> Rows:
     base = store.rows(split)
     if len(base) == 0:
-        raise SourceError(f"{store.path} has no {split} samples")
+        raise SourceError(f"{store.storage} has no {split} samples")
     if split != "train" or store.views == 0:
         return base[None]
     samples = store.sample_numbers(base)
@@ -198,8 +198,8 @@ def _targets_in_range(store: Store, rows: Rows, split: str, name: str) -> np.nda
     targets, n_classes = store.targets(rows, name), store.n_classes(name)
     if store.target_kind(name) == "class" and (targets.min() < 0 or targets.max() >= n_classes):
         raise SourceError(
-            f"{store.path} has {split} targets {name!r} from {targets.min()} to {targets.max()}; its classes are 0 to "
-            f"{n_classes - 1}"
+            f"{store.storage} has {split} targets {name!r} from {targets.min()} to {targets.max()}; its classes are 0 "
+            f"to {n_classes - 1}"
         )
     return targets
 

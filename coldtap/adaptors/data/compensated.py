@@ -22,7 +22,7 @@ def maps_of(store: Store, spec: FeatureSpec, name: str | None) -> TapMaps | None
     compensation = store.compensation(name)
     if spec.array not in compensation.maps:
         raise MissingFeaturesError(
-            f"the compensation {name!r} of {store.path} has no map of {spec.array}, only of "
+            f"the compensation {name!r} of {store.storage} has no map of {spec.array}, only of "
             f"{', '.join(compensation.maps)}: fit it with a float store that holds this array"
         )
     taps = store.arrays[spec.array].taps

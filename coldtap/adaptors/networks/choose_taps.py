@@ -32,7 +32,7 @@ def find_tap(store: Store, tap: int, gathers: Sequence[GatherName], *, adaptor: 
     # All taps of `pooled` are still 1 % of the bytes; of `layers` one tap is a tenth of all.
     taps = "all" if GATHERS[gathers[0]].has_patch_mean or not 0 <= wanted <= store.depth else wanted
     raise MissingFeaturesError(
-        f"{adaptor} needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.path} holds "
+        f"{adaptor} needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.storage} holds "
         f"{describe_gathers(store)}{f', there with taps {held}: choose with --set tap=N, or' if held else ':'} "
         f"cache again with --gather {gathers[0]} --taps {taps}"
     )
@@ -58,14 +58,15 @@ def find_every(store: Store, gap: int, *, adaptor: str, first: int = 0) -> Featu
     layers = arrays_of(store, "layers")
     if not layers:
         raise MissingFeaturesError(
-            f"{adaptor} needs `layers`; {store.path} holds {describe_gathers(store)}: cache again with --gather layers"
+            f"{adaptor} needs `layers`; {store.storage} holds {describe_gathers(store)}: cache again with "
+            "--gather layers"
         )
     if store.depth % gap:
         raise OptionError(f"gap={gap} does not divide the backbone's depth of {store.depth} blocks")
     taps = tuple(range(first, store.depth + 1, gap))
     if missing := sorted(set(taps) - set(layers[0].taps)):
         raise MissingFeaturesError(
-            f"{adaptor} with gap={gap} needs taps {list(taps)}; {store.path} lacks {missing} in `layers`: "
+            f"{adaptor} with gap={gap} needs taps {list(taps)}; {store.storage} lacks {missing} in `layers`: "
             "cache again with --gather layers --taps all"
         )
     return spec_of(store, layers[0], taps)

@@ -85,14 +85,14 @@ def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOpti
     sums = arrays_of(store, "sum")
     if not sums:
         raise MissingFeaturesError(
-            f"MIST needs `sum`; {store.path} holds {describe_gathers(store)}: cache again with --gather sum"
+            f"MIST needs `sum`; {store.storage} holds {describe_gathers(store)}: cache again with --gather sum"
         )
     at = options.at if options.at >= 0 else store.depth + 1 + options.at
     found = [array for array in sums if array.taps == (at,)]
     if not found:
         held = sorted(array.taps[0] for array in sums)
         raise MissingFeaturesError(
-            f"MIST needs the sum at tap {at}; {store.path} holds sums at {', '.join(map(str, held))}: "
+            f"MIST needs the sum at tap {at}; {store.storage} holds sums at {', '.join(map(str, held))}: "
             f"choose with --set at=N, or cache again with --sum-at {at}"
         )
     spec = spec_of(store, found[0], (at,))

@@ -85,7 +85,7 @@ class AdaptorTests:
 
     def test_a_store_that_lacks_its_features_is_refused(self, poor_store: Store) -> None:
         """The message names the adaptor and the store."""
-        with pytest.raises(MissingFeaturesError, match=re.escape(str(poor_store.path))) as error:
+        with pytest.raises(MissingFeaturesError, match=re.escape(str(poor_store.storage))) as error:
             self.kind.plan(poor_store, self.parsed(self.settings[0]))
         assert self.kind.name in str(error.value).lower()
 

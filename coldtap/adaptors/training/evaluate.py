@@ -22,6 +22,8 @@ from coldtap.stores import Store, open_store
 from coldtap.stores.format.compensation import TapMaps
 from coldtap.stores.format.recipe import differing_fields
 from coldtap.stores.format.same_backbone import differences_beyond_arithmetic
+from coldtap.stores.storage.address import Place, place_of
+from coldtap.stores.storage.contract import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,7 @@ class Evaluation:
     """
 
     run: Path
-    store: Path
+    store: Path | Storage
     split: str
     metric: str
     metrics: SplitMetrics
@@ -44,7 +46,7 @@ class Evaluation:
 
 def evaluate_adaptor(
     run: str | Path,
-    store: Store | str | Path,
+    store: Store | Place,
     *,
     split: str = "test",
     compensation: str | None = None,
@@ -56,7 +58,7 @@ def evaluate_adaptor(
 
     Args:
         run: The run folder.
-        store: A store or its path, with the targets that the run has learnt.
+        store: A store, its path or its storage, with the targets that the run has learnt.
         split: Name of the split.
         compensation: Name of the store's compensation that features go through. Without it, features of the run's own
             extractor go through the map that the run carries, if it has one.
@@ -77,7 +79,7 @@ def evaluate_adaptor(
     where = Path(run)
     differences = _differences(where, loaded.info, store, across_quantisation)
     if differences and note is not None:
-        note(f"{store.path} is of another arithmetic than {run}: {'; '.join(differences)}")
+        note(f"{store.storage} is of another arithmetic than {run}: {'; '.join(differences)}")
     _require_features(where, loaded.info, store)
     maps, whose = _maps(loaded, store, compensation, same_extractor=not differences)
     batches = batches_for(
@@ -91,7 +93,7 @@ def evaluate_adaptor(
     )
     return Evaluation(
         run=where,
-        store=store.path,
+        store=place_of(store.storage),
         split=split,
         metric=loaded.info.metric,
         metrics=_metrics(loaded, batches),
@@ -109,13 +111,13 @@ def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bo
     extractor = store.recipe.extractor.to_dict()
     if others := differences_beyond_arithmetic(info.extractor, extractor):
         raise StoreError(
-            f"{store.path} is of another extractor than {run} was trained on: {'; '.join(others)}: give a store of "
+            f"{store.storage} is of another extractor than {run} was trained on: {'; '.join(others)}: give a store of "
             "the same one"
         )
     fields = differing_fields(info.extractor, extractor)
     if fields and not across_quantisation:
         raise StoreError(
-            f"{store.path} is of another extractor than {run} was trained on: {'; '.join(fields)}: with "
+            f"{store.storage} is of another extractor than {run} was trained on: {'; '.join(fields)}: with "
             "--across-quantisation the run is evaluated all the same"
         )
     return fields
@@ -127,19 +129,19 @@ def _require_features(run: Path, info: RunInfo, store: Store) -> None:
     array = store.arrays.get(features.array)
     if array is None or not {*features.taps} <= {*array.taps}:
         raise MissingFeaturesError(
-            f"{run} reads {features.array} of taps {list(features.taps)}; {store.path} does not hold them: cache again "
-            f"with --gather {features.gather}"
+            f"{run} reads {features.array} of taps {list(features.taps)}; {store.storage} does not hold them: cache "
+            f"again with --gather {features.gather}"
         )
     if (kind := store.target_kind(target)) != info.target_kind:
-        raise StoreError(f"{store.path} has targets {target!r} of kind {kind}; {run} has learnt {info.target_kind}")
+        raise StoreError(f"{store.storage} has targets {target!r} of kind {kind}; {run} has learnt {info.target_kind}")
     names, n_classes = store.class_names(target), store.n_classes(target)
     if names is not None and info.class_names is not None and names != info.class_names:
-        raise StoreError(f"{store.path} has other classes of {target!r} than {run} has learnt, or in another order")
+        raise StoreError(f"{store.storage} has other classes of {target!r} than {run} has learnt, or in another order")
     if n_classes > info.n_classes:
-        raise StoreError(f"{store.path} has {n_classes} classes of {target!r}; {run} has learnt {info.n_classes}")
+        raise StoreError(f"{store.storage} has {n_classes} classes of {target!r}; {run} has learnt {info.n_classes}")
     grid = store.target_grid(target)
     if grid is not None and tuple(grid) != features.geometry.grid:
-        raise StoreError(f"{store.path} has targets {target!r} on another grid than {run} answers on")
+        raise StoreError(f"{store.storage} has targets {target!r} on another grid than {run} answers on")
 
 
 def _maps(

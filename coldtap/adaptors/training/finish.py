@@ -160,7 +160,7 @@ def _info(
         device=describe_device(train.device),
         residency=train.residency,
         versions=_versions(),
-        store=str(store.path),
+        store=str(store.storage),
         model=store.recorded["model"],
         extractor=store.recipe.extractor.to_dict(),
         adaptor_sha256=sha256(weights),

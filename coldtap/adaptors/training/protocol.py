@@ -23,6 +23,7 @@ from coldtap.adaptors.training.runner import train_planned
 from coldtap.adaptors.training.trials import Trials, train_trials, val_score
 from coldtap.errors import OptionError, RunError, SourceError
 from coldtap.stores import Store, open_store
+from coldtap.stores.storage.address import Place
 
 type Protocol = Literal["val", "vtab"]
 
@@ -56,7 +57,7 @@ class ProtocolResult:
 
 
 def run_protocol(
-    store: Store | str | Path,
+    store: Store | Place,
     adaptor: str,
     trials: Sequence[Mapping[str, object]],
     *,
@@ -74,7 +75,7 @@ def run_protocol(
     """Fit, choose and test an adaptor on a store by a protocol; called again, do what is left.
 
     Args:
-        store: A store or its path, with train, val and test.
+        store: A store, its path or its storage, with train, val and test.
         adaptor: The name of an adaptor, or `module:NAME`.
         trials: The settings to choose from, as `train_trials` takes them.
         protocol: `val` or `vtab`.
@@ -98,7 +99,9 @@ def run_protocol(
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol={protocol}: it must be one of {', '.join(PROTOCOLS)}")
     if "test" not in store.splits:
-        raise SourceError(f"{store.path} has no test split, which a protocol ends with: cache again with --split all")
+        raise SourceError(
+            f"{store.storage} has no test split, which a protocol ends with: cache again with --split all"
+        )
     two_stages = protocol == "vtab"
     if two_stages and (training.patience is not None or any("patience" in trial for trial in trials)):
         raise OptionError(

@@ -168,7 +168,7 @@ class _Trainer:
             require_something_to_learn(self._store, train, plans[0].settings.target)
         except KeyboardInterrupt as error:
             raise InterruptedRunError(
-                f"interrupted while {self._store.path} was read: run the same command again"
+                f"interrupted while {self._store.storage} was read: run the same command again"
             ) from error
         self._tell(train, val)
         left = list(plans)

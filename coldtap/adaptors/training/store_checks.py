@@ -17,7 +17,7 @@ def require_splits(store: Store, fit: Fit) -> None:
     for split, purpose in (("train", "to learn from"), ("val", use)):
         if split not in store.splits:
             raise SourceError(
-                f"{store.path} has no {split} split {purpose}; it holds {held}: cache again with --split all"
+                f"{store.storage} has no {split} split {purpose}; it holds {held}: cache again with --split all"
             )
 
 
@@ -28,7 +28,7 @@ def require_something_to_learn(store: Store, train: FeatureBatches, target: str)
         SourceError: Less than two samples, or a single class or target.
     """
     if train.n_samples < 2:
-        raise SourceError(f"{store.path} has {train.n_samples} train sample: there is nothing to tell apart")
+        raise SourceError(f"{store.storage} has {train.n_samples} train sample: there is nothing to tell apart")
     if train.task.kind == "class":
         present = train.targets.unique().tolist()
         names = store.class_names(target)
@@ -36,4 +36,4 @@ def require_something_to_learn(store: Store, train: FeatureBatches, target: str)
     else:
         alike = f"has the same {target!r}" if len(train.targets.unique(dim=0)) < 2 else None
     if alike is not None:
-        raise SourceError(f"{store.path}: every train sample {alike}: there is nothing to tell apart")
+        raise SourceError(f"{store.storage}: every train sample {alike}: there is nothing to tell apart")

@@ -18,6 +18,7 @@ from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
+from coldtap.stores.storage.address import Place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +35,7 @@ class RunResult:
 
 
 def train_adaptor(
-    store: Store | str | Path,
+    store: Store | Place,
     adaptor: str = "mist",
     *,
     out: str | Path,
@@ -64,7 +65,7 @@ def train_adaptor(
     The epoch that is kept has the best val score; among equals the lower val loss wins, then the earlier epoch.
 
     Args:
-        store: A store or its path.
+        store: A store, its path or its storage.
         adaptor: The name of an adaptor, or `module:NAME`.
         out: The run folder. A finished run of equal settings is returned as it is, an unfinished one goes on.
         epochs: Passes over the train split.

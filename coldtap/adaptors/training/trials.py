@@ -19,6 +19,7 @@ from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import TrialResult, train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
+from coldtap.stores.storage.address import Place
 from coldtap.stores.storage.atomic import write_file
 from coldtap.text import text_table
 
@@ -36,7 +37,7 @@ class Trials:
 
 
 def train_trials(
-    store: Store | str | Path,
+    store: Store | Place,
     adaptor: str,
     trials: Sequence[Mapping[str, object]],
     *,
@@ -59,7 +60,7 @@ def train_trials(
     side by side, to rounding where they are computed as one.
 
     Args:
-        store: A store or its path.
+        store: A store, its path or its storage.
         adaptor: The name of an adaptor, or `module:NAME`.
         trials: Of each its own settings by name: the adaptor's options, or those of `TRAINING_KEYS`. `expand_grid`
             makes them of a grid; an optimiser such as Optuna asks for them.
@@ -106,7 +107,7 @@ def train_trials(
         for number, info in zip(chosen, tested, strict=True):
             results[number] = replace(results[number], info=info)
     write_file(out / TABLE, [table_csv(results, chosen)])
-    _draw(out, results, chosen, f"{adaptor} on {store.path.name}", note)
+    _draw(out, results, chosen, f"{adaptor} on {store.name}", note)
     if not chosen:
         reason = next(result.failure for result in results if result.failure is not None)
         raise RunError(f"every setting has a trial without a result; {out / TABLE} says why; the first: {reason}")

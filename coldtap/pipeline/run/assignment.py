@@ -4,12 +4,10 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from coldtap.errors import IncompleteStoreError
 from coldtap.pipeline.backbones.backbone import load_from_options
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources.parquet import ParquetSource
@@ -19,7 +17,7 @@ from coldtap.pipeline.plan.plan import plan_job
 from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.reading.recipe_file import require_same_recipe
-from coldtap.stores.reading.stored_numbers import stored_numbers
+from coldtap.stores.storage.contract import Storage
 from coldtap.stores.writing.writer import StoreWriter
 
 
@@ -29,7 +27,7 @@ class Assignment:
 
     Attributes:
         description: the job, as `JobDescription.dumps` gives it.
-        store: where it writes; the process that gives out the blocks holds its lock.
+        storage: where it writes; the process that gives out the blocks holds its lock.
         recipe: what the plan of every worker must come to.
         environment: for the journal.
         batch_size: images per forward pass.
@@ -40,7 +38,7 @@ class Assignment:
     """
 
     description: bytes
-    store: Path
+    storage: Storage
     recipe: Recipe
     environment: Mapping[str, Any]
     batch_size: int
@@ -69,12 +67,8 @@ class Assignment:
             rows=description.rows,
             encoding=description.encoding,
         )
-        require_same_recipe(self.store, self.recipe, plan.recipe)
-        writer = StoreWriter(self.store, plan.recipe, plan.specs, plan.rows)
-        numbers = stored_numbers(self.store, plan.specs)
-        if numbers is None:
-            raise IncompleteStoreError(f"{self.store}: the metadata of its arrays is gone; run the same command again")
-        writer.numbers = numbers
+        require_same_recipe(self.storage, self.recipe, plan.recipe)
+        writer = StoreWriter.join(self.storage, plan.recipe, plan.specs, plan.rows)
         return BlockRunner(
             backbone=backbone,
             decoder=Decoder(

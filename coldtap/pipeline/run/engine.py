@@ -104,7 +104,7 @@ class Engine:
         source = decoder.source
         assignment = Assignment(
             description=description,
-            store=writer.store,
+            storage=writer.storage,
             recipe=writer.recipe,
             environment=run.environment,
             batch_size=decoder.batch_size,

@@ -25,8 +25,9 @@ from coldtap.stores.format.rows import SPLITS
 from coldtap.stores.format.same_backbone import differences_beyond_arithmetic
 from coldtap.stores.reading.array import StoredArray
 from coldtap.stores.reading.store import Store, open_store
-from coldtap.stores.storage.lock import StoreLock
-from coldtap.stores.writing.writer import holds_file, update_file
+from coldtap.stores.storage.address import Place, place_of, storage_at
+from coldtap.stores.storage.contract import Storage
+from coldtap.stores.writing.updates import holds_file, update_file
 
 LEAST_SAMPLES = 32
 LEAST_FOLDS = 3  # the gain is measured on one fold, and a gate needs two others
@@ -56,7 +57,7 @@ class CompensationReport:
     """How a fit ended.
 
     Attributes:
-        store: whose features are compensated.
+        store: whose features are compensated: its path, or its storage.
         name: of the compensation.
         status: `written`; `replaced` where the store had another of that name, `unchanged` where it had just this one.
         digest: SHA-256 of the store's manifest.
@@ -66,7 +67,7 @@ class CompensationReport:
         arrays: the gain of each tap, by array.
     """
 
-    store: Path
+    store: Path | Storage
     name: str
     status: Literal["written", "replaced", "unchanged"]
     digest: str
@@ -77,8 +78,8 @@ class CompensationReport:
 
 
 def fit_compensation(
-    store: str | Path,
-    float_store: str | Path,
+    store: Place,
+    float_store: Place,
     *,
     name: str = "cwac",
     split: str = "train",
@@ -106,10 +107,10 @@ def fit_compensation(
             another job writes to it.
     """
     _require_options(name, split, max_rows, folds, ridge)
-    path = Path(store)
-    open_store(path, threads=1)  # a path without a store gets no lock file
-    with StoreLock(path):
-        there, other = open_store(path), open_store(float_store)
+    storage = storage_at(store)
+    open_store(storage, threads=1)  # a path without a store gets no lock file
+    with storage.lock():
+        there, other = open_store(storage), open_store(float_store)
         _require_float_twin(there, other)
         arrays = _arrays_of_both(there, other)
         pairs = _Pairs.of(there, other, split, max_rows, folds)
@@ -128,15 +129,15 @@ def fit_compensation(
         )
         file = compensation_file(name)
         status: Literal["written", "replaced", "unchanged"] = "replaced" if name in there.compensations else "written"
-        if holds_file(path, file, data):
+        if holds_file(storage, file, data):
             status = "unchanged"
         else:
-            update_file(path, file, data)
+            update_file(storage, file, data)
     return CompensationReport(
-        store=path,
+        store=place_of(storage),
         name=name,
         status=status,
-        digest=open_store(path, threads=1).digest,
+        digest=open_store(storage, threads=1).digest,
         split=split,
         n_rows=len(pairs.rows),
         n_samples=pairs.n_samples,
@@ -162,13 +163,13 @@ def _require_float_twin(store: Store, other: Store) -> None:
     old, new = store.recipe.extractor, other.recipe.extractor
     if fields := differences_beyond_arithmetic(old.to_dict(), new.to_dict()):
         raise StoreError(
-            f"{store.path} and {other.path} are not of one backbone: {'; '.join(fields)}: give a float store of the "
-            "same backbone"
+            f"{store.storage} and {other.storage} are not of one backbone: {'; '.join(fields)}: give a float "
+            "store of the same backbone"
         )
     if new.quantisation is not None:
-        raise StoreError(f"{other.path} is of a quantised backbone itself: give a store of the float one")
+        raise StoreError(f"{other.storage} is of a quantised backbone itself: give a store of the float one")
     if old == new:
-        raise StoreError(f"{store.path} and {other.path} are of one extractor: there is nothing to compensate")
+        raise StoreError(f"{store.storage} and {other.storage} are of one extractor: there is nothing to compensate")
 
 
 def _origin(store: Store, other: Store) -> dict[str, Any]:
@@ -187,8 +188,8 @@ def _arrays_of_both(store: Store, other: Store) -> list[str]:
     ]
     if not found:
         raise MissingFeaturesError(
-            f"{other.path} has no array of {store.path} with all its taps: it holds {_described(other)}, needed is one "
-            f"of {_described(store)}"
+            f"{other.storage} has no array of {store.storage} with all its taps: it holds {_described(other)}, "
+            f"needed is one of {_described(store)}"
         )
     return found
 
@@ -221,8 +222,8 @@ class _Pairs:
         samples, number = np.unique(store.sample_numbers(rows), return_inverse=True)
         if len(samples) < LEAST_SAMPLES:
             raise StoreError(
-                f"{store.path} and {other.path} have {len(samples)} {split} samples in common; a compensation needs "
-                f"{LEAST_SAMPLES} at least: cache more images of the same source"
+                f"{store.storage} and {other.storage} have {len(samples)} {split} samples in common; a compensation "
+                f"needs {LEAST_SAMPLES} at least: cache more images of the same source"
             )
         return cls(
             rows=rows,
@@ -257,8 +258,8 @@ def _require_same_images(store: Store, other: Store, mine: pa.Table, theirs: pa.
     if n_changed := pc.sum(changed).as_py():
         sample = mine["sample_id"].filter(changed)[0].as_py()
         raise StoreError(
-            f"{store.path} and {other.path} were made from other images of the same id ({n_changed} of {len(mine)}, "
-            f"such as {sample!r}): give a float store of the same source"
+            f"{store.storage} and {other.storage} were made from other images of the same id ({n_changed} of "
+            f"{len(mine)}, such as {sample!r}): give a float store of the same source"
         )
 
 

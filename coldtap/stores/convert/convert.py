@@ -24,18 +24,20 @@ from coldtap.stores.format.encoding import Encoding
 from coldtap.stores.format.encoding_part import EncodingPart
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
-from coldtap.stores.format.targets import TARGETS
+from coldtap.stores.format.targets import targets_name
 from coldtap.stores.format.tiers import TIERS, Layout, TierName
+from coldtap.stores.reading.journal_lines import finished_blocks
+from coldtap.stores.reading.manifest_files import is_complete
 from coldtap.stores.reading.recipe_file import read_recipe, require_same_recipe
 from coldtap.stores.reading.store import Store, open_store
 from coldtap.stores.reading.stored_numbers import stored_numbers
-from coldtap.stores.storage.atomic import machine_errors
-from coldtap.stores.storage.lock import StoreLock
+from coldtap.stores.storage.address import Place, overlap, place_of, storage_at
+from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.threads import few_at_once, usable_cores
 from coldtap.stores.writing.forecast import Forecast, forecast, require_space
 from coldtap.stores.writing.reporting import Reporter, Silence
 from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
-from coldtap.stores.writing.writer import StoreWriter, is_complete
+from coldtap.stores.writing.writer import StoreWriter
 from coldtap.version import __version__
 
 MOST_BLOCKS_AT_ONCE = 4  # each holds up to 256 MB
@@ -48,7 +50,7 @@ class ConvertReport:
     """How a conversion ended.
 
     Attributes:
-        store: the new store's path.
+        store: where the new store is: its path, or its storage.
         status: `written`; `unchanged` where it was complete already; `forecast` after a dry run.
         digest: SHA-256 of the new store's manifest; None after a dry run.
         n_rows: rows that are there; after a dry run, rows that would be.
@@ -63,7 +65,7 @@ class ConvertReport:
         forecast: what was left to do when the work began; None where there was nothing.
     """
 
-    store: Path
+    store: Path | Storage
     status: Literal["written", "unchanged", "forecast"]
     digest: str | None
     n_rows: int
@@ -78,8 +80,8 @@ class ConvertReport:
 
 
 def convert_store(
-    store: str | Path,
-    new: str | Path,
+    store: Place,
+    new: Place,
     *,
     tier: TierName,
     layout: Layout | None = None,
@@ -103,36 +105,33 @@ def convert_store(
     Raises:
         ColdtapError: one of its kinds (`coldtap.errors`), always with what to do.
     """
-    path = Path(new)
-    _refuse_same_place(Path(store), path)
+    storage = storage_at(new)
+    if overlap(storage_at(store), storage):
+        raise OptionError(f"{new} is, lies in or holds {store}: give a path outside it for the new store")
     bound = None if snr is None and max_error is None else ErrorBound(snr_db=snr, max_error=max_error)
     plan = _plan(open_store(store, threads=1), tier, layout, bound)
-    found = read_recipe(path)
+    found = read_recipe(storage)
     if found is not None:
-        require_same_recipe(path, found[0], plan.recipe)
-        if is_complete(path):
-            return plan.report(path, "unchanged", digest=open_store(path).digest)
-        _require_same_origin(path, found[1], plan.source)
+        require_same_recipe(storage, found[0], plan.recipe)
+        if is_complete(storage):
+            return plan.report(storage, "unchanged", digest=open_store(storage).digest)
+        _require_same_origin(storage, found[1], plan.source)
     if _how_kept(plan.recipe.encoding) == _how_kept(plan.source.recipe.encoding):
         raise OptionError(f"{store} is of tier {tier} in layout {plan.encoding.layout} already: copy the folder")
-    work = _Work(path=path, plan=plan, recorded=found[1] if found else None, told=reporter or Silence())
+    work = _Work(storage=storage, plan=plan, recorded=found[1] if found else None, told=reporter or Silence())
     return work.run(dry_run=dry_run)
 
 
-def _refuse_same_place(store: Path, new: Path) -> None:
-    old, there = store.resolve(), new.resolve()
-    if there == old or there.is_relative_to(old) or old.is_relative_to(there):
-        raise OptionError(f"{new} is, lies in or holds {store}: give a path outside it for the new store")
-
-
-def _require_same_origin(path: Path, recorded: Mapping[str, Any], source: Store) -> None:
+def _require_same_origin(storage: Storage, recorded: Mapping[str, Any], source: Store) -> None:
     """An unfinished store can only be gone on with from the store that it was begun from."""
     began = recorded.get("converted_from")
     if began is None:
-        raise StoreError(f"{path} was begun by `cache-features`: finish it with the same command, or choose a new path")
+        raise StoreError(
+            f"{storage} was begun by `cache-features`: finish it with the same command, or choose a new path"
+        )
     if began["digest"] != source.digest:
         raise StoreError(
-            f"{path} was begun from another store (digest {began['digest'][:12]}, {source.path} has "
+            f"{storage} was begun from another store (digest {began['digest'][:12]}, {source.storage} has "
             f"{source.digest[:12]}): go on from that one, or choose a new path"
         )
 
@@ -150,7 +149,7 @@ class _Plan:
 
     def report(
         self,
-        path: Path,
+        storage: Storage,
         status: Literal["written", "unchanged", "forecast"],
         *,
         digest: str | None = None,
@@ -158,13 +157,13 @@ class _Plan:
         ahead: Forecast | None = None,
     ) -> ConvertReport:
         """The report; of a store that is there, with what it has recorded."""
-        there = None if digest is None else open_store(path)
+        there = None if digest is None else open_store(storage)
         recorded = there.recorded.get("errors", {}) if there else errors or {}
         before, after = self.source.recipe.encoding.scales, self.recipe.encoding.scales
         n_rows = there.n_rows if there else self.source.n_rows
         coded = TIERS[self.source.recipe.encoding.tier].is_coded
         return ConvertReport(
-            store=path,
+            store=place_of(storage),
             status=status,
             digest=digest,
             n_rows=n_rows,
@@ -241,51 +240,57 @@ def _together(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None
 class _Work:
     """A planned conversion into a store that is not complete; `recorded` is what an earlier call wrote there."""
 
-    path: Path
+    storage: Storage
     plan: _Plan
     recorded: Mapping[str, Any] | None
     told: Reporter
 
     def run(self, *, dry_run: bool) -> ConvertReport:
         plan = self.plan
-        writer = StoreWriter(self.path, plan.recipe, plan.specs, plan.rows)
         trial = self._try()
-        todo, ahead = self._look_ahead(writer, trial)
+        todo, ahead = self._look_ahead(trial)
         if dry_run:
-            return plan.report(self.path, "forecast", errors=trial.errors, ahead=ahead)
-        require_space(self.path, ahead)
-        with machine_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        with StoreLock(self.path), stop_on_signals() as request:
+            return plan.report(self.storage, "forecast", errors=trial.errors, ahead=ahead)
+        require_space(self.storage, ahead)
+        with self.storage.lock(), stop_on_signals() as request:
             self._require_alone()
-            writer.start(self.recorded or plan.recorded(trial.errors), trial.numbers, plan.source.norm)
+            writer = StoreWriter.begin(
+                self.storage,
+                plan.recipe,
+                plan.specs,
+                plan.rows,
+                recorded=self.recorded or plan.recorded(trial.errors),
+                numbers=trial.numbers,
+                norm=plan.source.norm,
+            )
             self._convert(writer, todo, request)
             ids, sources = sample_columns(plan.source)
             digest = writer.finish(ids, sources.__getitem__, self._targets(), self._compensations())
-        return plan.report(self.path, "written", digest=digest, ahead=ahead)
+        return plan.report(self.storage, "written", digest=digest, ahead=ahead)
 
     def _try(self) -> Trial:
         plan = self.plan
-        kept = stored_numbers(self.path, plan.specs)
+        kept = stored_numbers(self.storage, plan.specs)
         if kept is None and plan.same_codes:
             kept = {name: array.numbers for name, array in plan.source.arrays.items()}
         return try_first_rows(plan.source, plan.specs, plan.encoding.bound, kept, same_codes=plan.same_codes)
 
-    def _look_ahead(self, writer: StoreWriter, trial: Trial) -> tuple[list[int], Forecast]:
+    def _look_ahead(self, trial: Trial) -> tuple[list[int], Forecast]:
         """The blocks that are not there yet, and what they will take."""
-        done = set(writer.finished_blocks()) if self.recorded else set()
-        todo = [block for block in range(writer.plan.n_blocks) if block not in done]
+        rows = self.plan.rows
+        done = set(finished_blocks(self.storage, rows.n_blocks)) if self.recorded else set()
+        todo = [block for block in range(rows.n_blocks) if block not in done]
         rate = trial.rows_per_second * min(_blocks_at_once(), max(len(todo), 1))
-        ahead = forecast(self.path, writer.specs, writer.plan, todo, rate, trial.compressed)
+        ahead = forecast(self.storage, self.plan.specs, rows, todo, rate, trial.compressed)
         if self.recorded:
-            self.told.note(f"going on with {self.path}: {len(done)} of {writer.plan.n_blocks} blocks are there")
+            self.told.note(f"going on with {self.storage}: {len(done)} of {rows.n_blocks} blocks are there")
         self.told.forecast(ahead)
         return todo, ahead
 
     def _require_alone(self) -> None:
         """With the lock in hand, the store must still be what it was when the work was planned."""
-        if is_complete(self.path) or (self.recorded is None and read_recipe(self.path) is not None):
-            raise StoreLockedError(f"another job wrote to {self.path} meanwhile: run the same command again")
+        if is_complete(self.storage) or (self.recorded is None and read_recipe(self.storage) is not None):
+            raise StoreLockedError(f"another job wrote to {self.storage} meanwhile: run the same command again")
 
     def _convert(self, writer: StoreWriter, todo: Sequence[int], request: StopRequest) -> None:
         source = self.plan.source
@@ -301,24 +306,25 @@ class _Work:
             for _ in few_at_once(lambda block: convert_block(job, block), todo, _blocks_at_once(), job.stop):
                 pass
         except InterruptedRunError:
-            raise request.error(f"stopped: {self._kept(writer)}; run the same command to go on") from None
+            raise request.error(f"stopped: {self._kept()}; run the same command to go on") from None
         except CorruptStoreError as error:
             raise CorruptStoreError(
-                f"{error}. {self._kept(writer)}; `coldtap verify {source.path}` lists all that is wrong: mend it, and "
+                f"{error}. {self._kept()}; `coldtap verify {source.storage}` lists all that is wrong: mend it, and "
                 "run the same command to go on"
             ) from error
 
-    def _kept(self, writer: StoreWriter) -> str:
-        there = len(writer.finished_blocks())
-        return f"{there} of {writer.plan.n_blocks} blocks of {self.path} are there and stay"
+    def _kept(self) -> str:
+        n_blocks = self.plan.rows.n_blocks
+        there = len(finished_blocks(self.storage, n_blocks))
+        return f"{there} of {n_blocks} blocks of {self.storage} are there and stay"
 
     def _targets(self) -> dict[str, bytes]:
         """The targets' tables of the old store as they are."""
         source = self.plan.source
-        files = [name for name in source.manifest.entries() if name.startswith(f"{TARGETS}/")]
-        for name in files:
-            source.require_intact(name)
-        return {Path(name).stem: (source.path / name).read_bytes() for name in files}
+        names = {name: targets_name(name) for name in source.target_names}
+        for file in names.values():
+            source.files.require_intact(file)
+        return {name: source.storage.get(file, limit=None) for name, file in names.items()}
 
     def _compensations(self) -> dict[str, bytes]:
         """The files of the old store's compensations as they are: they say on which tier they were fitted."""

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from coldtap.errors import CorruptStoreError
-from coldtap.stores.format.journal import JournalLine, Rejection, journal_name, read_line
+from coldtap.stores.format.journal import JournalLine, Rejection, journal_name, parse_line
 from coldtap.stores.format.rows import RowPlan, Segment
-from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
+from coldtap.stores.format.tables import REJECTED, SAMPLES
 from coldtap.stores.reading.store import Store
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -76,10 +76,8 @@ def origin_of(source: Store, plan: RowPlan, block: int) -> Origin:
 
 
 def _line(source: Store, block: int) -> JournalLine:
-    source.read_file(journal_name(block))  # held against the manifest
-    line = read_line(source.path, block)
-    assert line is not None
-    return line
+    name = journal_name(block)
+    return parse_line(source.read_file(name), block, where=source.storage.describe(name))
 
 
 def _joined(ranges: Sequence[Any]) -> dict[str, list[list[float]]]:
@@ -118,16 +116,13 @@ def sample_columns(source: Store) -> tuple[Column, Column]:
     Raises:
         CorruptStoreError: a table is damaged, or does not list every planned sample once.
     """
-    tables = []
-    for name, schema in ((SAMPLES, SAMPLES_SCHEMA), (REJECTED, REJECTED_SCHEMA)):
-        source.require_intact(name)
-        table = read_table(source.path / name, schema, ["row", "sample_id", "view", "source"])
-        tables.append(table.filter(pc.equal(table["view"], 0)))
-    samples = pa.concat_tables(tables).sort_by("row")
+    columns = ["row", "sample_id", "view", "source"]
+    tables = source.index.samples(columns), source.index.rejected(columns)
+    samples = pa.concat_tables([table.filter(pc.equal(table["view"], 0)) for table in tables]).sort_by("row")
     planned = np.concatenate([_planned_rows(source, segment) for segment in source.segments if segment.view == 0])
     if not np.array_equal(samples["row"].to_numpy(), planned):
         raise CorruptStoreError(
-            f"{source.path}: {SAMPLES} and {REJECTED} do not list every planned row once: run `coldtap verify`"
+            f"{source.storage}: {SAMPLES} and {REJECTED} do not list every planned row once: run `coldtap verify`"
         )
     return Column(samples["sample_id"]), Column(samples["source"])
 

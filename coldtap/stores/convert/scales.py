@@ -42,7 +42,7 @@ def first_rows(source: Store, n_rows: int) -> Rows:
         rows = source.rows(segment.split, segment.view)
         if len(rows):
             return rows[:n_rows]
-    raise StoreError(f"{source.path} has no rows: all were rejected")
+    raise StoreError(f"{source.storage} has no rows: all were rejected")
 
 
 def try_first_rows(

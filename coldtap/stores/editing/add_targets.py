@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,8 @@ from coldtap.stores.convert.rows import sample_columns
 from coldtap.stores.format.targets import MOST_CLASSES, places_in, targets_bytes
 from coldtap.stores.format.types import IGNORED, KINDS, TargetKind
 from coldtap.stores.reading.store import Store, open_store
-from coldtap.stores.storage.lock import StoreLock
-from coldtap.stores.writing.writer import has_other_targets, update_targets
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.writing.updates import has_other_targets, update_targets
 
 SHOWN = 3  # ids in a message
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -32,7 +31,7 @@ type Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def add_targets(
-    store: str | Path,
+    store: Place,
     name: str,
     targets: Mapping[str, Any] | tuple[Sequence[str], Sequence[Any]],
     *,
@@ -44,7 +43,7 @@ def add_targets(
     The store's digest changes with them. A call that died is mended by the same call.
 
     Args:
-        store: its folder.
+        store: its folder, or the storage whose root it is.
         name: of the targets, such as `species`; `label` is what adaptors learn unless told otherwise.
         targets: by sample id, or ids and as many targets. Of kind `class` an integer each; of `labels` the numbers of
             the classes that are there; of `token-class` an integer map (h, w) on the patch grid, −1 where a token
@@ -64,14 +63,14 @@ def add_targets(
         raise OptionError(f"name={name!r}: targets are named by letters, digits and - _ . after the first")
     if kind not in KINDS:
         raise OptionError(f"kind={kind!r}: targets are of kind {', '.join(KINDS)}")
-    path = Path(store)
-    open_store(path, threads=1)  # a path without a store gets no lock file
-    with StoreLock(path):
-        there = open_store(path, threads=1)
-        data = _table(there, f"targets {name!r} of {path}", targets, kind, class_names)
-        if has_other_targets(path, name, data):
-            update_targets(path, name, data)
-    return open_store(path, threads=1).digest
+    storage = storage_at(store)
+    open_store(storage, threads=1)  # a path without a store gets no lock file
+    with storage.lock():
+        there = open_store(storage, threads=1)
+        data = _table(there, f"targets {name!r} of {storage}", targets, kind, class_names)
+        if has_other_targets(storage, name, data):
+            update_targets(storage, name, data)
+    return open_store(storage, threads=1).digest
 
 
 def _table(

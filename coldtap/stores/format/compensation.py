@@ -8,7 +8,6 @@ One safetensors file holds `<array>/scale` and `<array>/offset`, float32 (tap, c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,7 @@ def compensation_bytes(maps: Mapping[str, TapMaps], fitted: Mapping[str, Any]) -
     return save(tensors, {"coldtap": canonical_json(fitted).decode()})
 
 
-def parse_compensation(data: bytes, name: str, arrays: Mapping[str, ArraySpec], where: Path) -> Compensation:
+def parse_compensation(data: bytes, name: str, arrays: Mapping[str, ArraySpec], where: str) -> Compensation:
     """A compensation from its file.
 
     Args:
@@ -96,7 +95,7 @@ def _header(data: bytes) -> Any:
     return parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
-def _maps(tensors: Mapping[str, np.ndarray[Any, Any]], array: str, spec: ArraySpec | None, where: Path) -> TapMaps:
+def _maps(tensors: Mapping[str, np.ndarray[Any, Any]], array: str, spec: ArraySpec | None, where: str) -> TapMaps:
     if spec is None:
         raise CorruptStoreError(f"{where} has a map of {array}, which is no array of this store")
     shape = len(spec.taps), spec.geometry.channels

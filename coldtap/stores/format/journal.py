@@ -7,12 +7,10 @@ differs between two runs of the same recipe in the same environment, so that a r
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.canonical import readable_json
-from coldtap.stores.storage.atomic import write_file
 
 JOURNAL = "journal"
 
@@ -80,24 +78,21 @@ def journal_name(block: int) -> str:
     return f"{JOURNAL}/{block:08d}.json"
 
 
-def write_line(store: Path, line: JournalLine) -> None:
-    """Write a block's line, durably; from now on the block is there."""
-    write_file(store / journal_name(line.block), [readable_json(line.to_dict())])
+def line_bytes(line: JournalLine) -> bytes:
+    """Return the bytes of a line's file."""
+    return readable_json(line.to_dict())
 
 
-def read_line(store: Path, block: int) -> JournalLine | None:
-    """A block's line, or None where the block is not finished.
+def parse_line(data: bytes, block: int, *, where: str) -> JournalLine:
+    """Return the line of a block from the bytes of its file.
 
     Raises:
-        CorruptStoreError: the file is not a journal line of this block.
+        CorruptStoreError: they are not a journal line of this block; the message names the file as `where`.
     """
-    path = store / journal_name(block)
     try:
-        line = JournalLine.from_dict(json.loads(path.read_bytes()))
-    except FileNotFoundError:
-        return None
+        line = JournalLine.from_dict(json.loads(data))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CorruptStoreError(f"{path} is damaged ({error}): remove it, and the block is done again") from error
+        raise CorruptStoreError(f"{where} is damaged ({error}): remove it, and the block is done again") from error
     if line.block != block:
-        raise CorruptStoreError(f"{path} speaks of block {line.block}: remove it, and the block is done again")
+        raise CorruptStoreError(f"{where} speaks of block {line.block}: remove it, and the block is done again")
     return line

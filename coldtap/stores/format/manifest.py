@@ -5,20 +5,14 @@ checked alone. The store's digest is the SHA-256 of the manifest's bytes.
 """
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from coldtap.errors import CorruptStoreError, IncompleteStoreError, MachineError
-from coldtap.stores.storage.atomic import write_file
-from coldtap.stores.storage.faults import fault_point
-from coldtap.stores.storage.files import open_regular, read_text_bytes
+from coldtap.errors import CorruptStoreError
 
 MANIFEST = "manifest"
 FEATURES = "features.zarr"
-HASHED_AT_ONCE = 1 << 22  # bytes of a file in memory while it is hashed
 SHORTEST_LINE = len(f"{'0' * 64} 0 x\n")
 _LINE = re.compile(r"([0-9a-f]{64}) (\d{1,18}) (\S.*)")
 
@@ -39,8 +33,9 @@ class Manifest:
         digest: SHA-256 of the whole: the store's digest.
     """
 
-    def __init__(self, path: Path, data: bytes | bytearray) -> None:
-        self._path, self._data = path, data
+    def __init__(self, data: bytes | bytearray, *, where: str) -> None:
+        """Parse nothing yet; `where` names the file in errors."""
+        self._data, self._where = data, where
         self.digest = hashlib.sha256(data).hexdigest()
 
     @property
@@ -98,63 +93,11 @@ class Manifest:
     def _damaged(self, start: int) -> CorruptStoreError:
         line = self._data.count(b"\n", 0, start) + 1
         return CorruptStoreError(
-            f"{self._path}, line {line}: not `sha256 bytes name` of a file in the store, in the order of the names"
+            f"{self._where}, line {line}: not `sha256 bytes name` of a file in the store, in the order of the names"
         )
 
 
-def write_manifest(store: Path, entries: Iterable[Entry]) -> str:
-    """Write the manifest and return the store's digest."""
+def manifest_bytes(entries: Iterable[Entry]) -> bytes:
+    """Return the bytes of a manifest of these entries, which may be in any order."""
     lines = sorted((entry.name.encode(), f"{entry.sha256} {entry.n_bytes} {entry.name}\n") for entry in entries)
-    data = "".join(line for _, line in lines).encode()
-
-    def pieces() -> Iterable[bytes]:
-        yield data
-        fault_point("manifest-temporary")
-
-    write_file(store / MANIFEST, pieces())
-    return hashlib.sha256(data).hexdigest()
-
-
-def read_manifest(store: Path) -> Manifest:
-    """A store's manifest.
-
-    Raises:
-        IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
-        CorruptStoreError: it cannot be read.
-        MachineError: this user may not read it.
-    """
-    path = store / MANIFEST
-    try:
-        return Manifest(path, read_text_bytes(path))
-    except FileNotFoundError:
-        raise IncompleteStoreError(
-            f"{store} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
-        ) from None
-    except PermissionError as error:
-        raise MachineError(f"{path} may not be read ({error.strerror}): change its mode or ask its owner") from error
-    except OSError as error:
-        raise CorruptStoreError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def file_entry(store: Path, name: str) -> Entry:
-    """The manifest's entry of a file that is there, read piece by piece.
-
-    Raises:
-        OSError: it is not there, or cannot be read.
-        CorruptStoreError: it is no regular file.
-    """
-    digest, n_bytes = hashlib.sha256(), 0
-    with open(open_regular(store / name), "rb", buffering=0) as file:
-        while data := file.read(HASHED_AT_ONCE):
-            digest.update(data)
-            n_bytes += len(data)
-    return Entry(sha256=digest.hexdigest(), n_bytes=n_bytes, name=name)
-
-
-def files_of(store: Path) -> set[str]:
-    """Names of all files under a store, relative to it."""
-    return {
-        os.path.relpath(os.path.join(folder, file), store).replace(os.sep, "/")
-        for folder, _, files in os.walk(store)
-        for file in files
-    }
+    return "".join(line for _, line in lines).encode()

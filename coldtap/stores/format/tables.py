@@ -1,19 +1,19 @@
-"""The tables beside the features: which sample a row is, what was rejected; and how a table is written and read."""
+"""The tables beside the features: which sample a row is, what was rejected; and Parquet from rows, and back.
 
-import os
+A table is parsed from an Arrow file (`pa.NativeFile`), which may be bytes in memory (`pa.BufferReader`) or anything
+that can be read at a place; so a table of ten million rows need not be in memory for one of its columns.
+"""
+
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import batched
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from coldtap.errors import CorruptStoreError
-from coldtap.stores.storage.atomic import write_file
-from coldtap.stores.storage.files import open_regular
 
 SAMPLES = "samples.parquet"
 REJECTED = "rejected.parquet"
@@ -43,12 +43,8 @@ REJECTED_SCHEMA = pa.schema(
 NULLABLE = {"tap"}
 
 
-def write_rows(path: Path, schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table from rows of values in the schema's order; a group of rows is in memory at a time."""
-    write_file(path, _parquet_pieces(schema, rows))
-
-
-def _parquet_pieces(schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+def table_pieces(schema: pa.Schema, rows: Iterable[Sequence[Any]]) -> Iterator[bytes]:
+    """Yield the bytes of a table from rows of values in the schema's order; a group of rows is in memory at a time."""
     sink = BytesIO()
     with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
         for group in batched(rows, ROWS_A_GROUP):
@@ -67,55 +63,59 @@ def _drained(sink: BytesIO) -> bytes:
     return data
 
 
-def read_schema(path: Path) -> pa.Schema:
-    """A table's columns, with what else its schema says.
+def parse_schema(file: pa.NativeFile, *, where: str) -> pa.Schema:
+    """Return a table's columns, with what else its schema says.
 
     Raises:
-        CorruptStoreError: the file is missing or damaged.
+        CorruptStoreError: the file is damaged; the message names it as `where`.
     """
-    with _opened(path) as file:
-        return file.schema_arrow
+    with _parquet(file, where) as parquet:
+        return parquet.schema_arrow
 
 
-def read_table(
-    path: Path, schema: pa.Schema, columns: Sequence[str] | None = None, *, most_values: int | None = None
+def parse_table(
+    file: pa.NativeFile,
+    schema: pa.Schema,
+    columns: Sequence[str] | None = None,
+    *,
+    most_values: int | None = None,
+    where: str,
 ) -> pa.Table:
-    """A table of the given columns, or some of them; the checksums of their pages are verified.
+    """Return a table of the given columns, or some of them; the checksums of their pages are verified.
 
     Args:
-        path: its file.
+        file: its bytes.
         schema: the columns that it must have; what else the schema says is not compared.
         columns: names of those to read; None reads all.
         most_values: of a column of lists, the most values that all its lines together may have.
+        where: the file, for errors.
 
     Raises:
-        CorruptStoreError: the file is missing, damaged or has other columns.
+        CorruptStoreError: the file is damaged or has other columns.
     """
-    with _opened(path) as file:
-        found = file.schema_arrow
+    with _parquet(file, where) as parquet:
+        found = parquet.schema_arrow
         if not found.equals(schema, check_metadata=False):
-            raise CorruptStoreError(f"{path} has columns {found.names}; expected {schema.names} of their types")
-        if file.metadata.num_rows > MOST_LINES_A_BYTE * path.stat().st_size:
-            raise CorruptStoreError(f"{path} claims {file.metadata.num_rows} lines, more than its bytes can hold")
-        if most_values is not None and _most_values(file.metadata) > max(most_values, file.metadata.num_rows):
+            raise CorruptStoreError(f"{where} has columns {found.names}; expected {schema.names} of their types")
+        if parquet.metadata.num_rows > MOST_LINES_A_BYTE * file.size():
+            raise CorruptStoreError(f"{where} claims {parquet.metadata.num_rows} lines, more than its bytes can hold")
+        if most_values is not None and _most_values(parquet.metadata) > max(most_values, parquet.metadata.num_rows):
             raise CorruptStoreError(
-                f"{path} claims {_most_values(file.metadata)} values; expected {most_values} at most"
+                f"{where} claims {_most_values(parquet.metadata)} values; expected {most_values} at most"
             )
-        table = file.read(columns=columns)
+        table = parquet.read(columns=columns)
     for name in {*table.column_names} - NULLABLE:
         if table[name].null_count:
-            raise CorruptStoreError(f"{path}: a line has no {name}")
+            raise CorruptStoreError(f"{where}: a line has no {name}")
     return table
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+def _parquet(file: pa.NativeFile, where: str) -> Iterator[pq.ParquetFile]:
     try:
-        os.close(open_regular(path))  # pyarrow would wait for the writer of a pipe
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            yield file
+        yield pq.ParquetFile(file, page_checksum_verification=True)
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise CorruptStoreError(f"{path} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
+        raise CorruptStoreError(f"{where} cannot be read: {(str(error).splitlines() or [''])[0]}") from error
 
 
 def _most_values(metadata: pq.FileMetaData) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.canonical import parse_json
-from coldtap.stores.format.tables import read_schema, read_table
+from coldtap.stores.format.tables import parse_schema, parse_table
 from coldtap.stores.format.types import IGNORED, TargetKind
 
 TARGETS = "targets"
@@ -143,118 +142,123 @@ def places_in(starts: Integers, lines: Integers) -> tuple[Integers, Integers]:
     return np.arange(counts.sum()) + np.repeat(starts[lines] - ends + counts, counts), counts
 
 
-def read_targets(path: Path, *, most_lines: int) -> Targets:
-    """A targets table without its ids.
+def parse_targets(file: pa.NativeFile, *, most_lines: int, where: str) -> Targets:
+    """Return a targets table without its ids.
 
     Args:
-        path: its file.
+        file: its bytes.
         most_lines: the samples of its store; a table of labels or token classes has no more lines.
+        where: the file, for errors.
 
     Raises:
         CorruptStoreError: the file is not such a table.
     """
-    metadata = {key.decode(errors="replace"): value for key, value in (read_schema(path).metadata or {}).items()}
-    kind, names = _kind(path, metadata), _class_names(path, metadata)
+    found = parse_schema(file, where=where).metadata or {}
+    metadata = {key.decode(errors="replace"): value for key, value in found.items()}
+    kind, names = _kind(where, metadata), _class_names(where, metadata)
     order = metadata["order"].decode(errors="replace") if "order" in metadata else None
     if kind == "class":
-        values = read_table(path, TARGETS_SCHEMA, ["target"])["target"].to_numpy()
+        values = parse_table(file, TARGETS_SCHEMA, ["target"], where=where)["target"].to_numpy()
         return Targets(values=values, class_names=names, order=order)
-    n_classes = _stated_classes(path, metadata, names)
+    n_classes = _stated_classes(where, metadata, names)
     if kind == "labels":
-        values, starts = _read_lists(path, kind, most_values=most_lines * n_classes)
-        _require_in_range(path, values, n_classes, lowest=0)
-        _require_ascending(path, values, starts)
+        values, starts = _parse_lists(file, kind, most_values=most_lines * n_classes, where=where)
+        _require_in_range(where, values, n_classes, lowest=0)
+        _require_ascending(where, values, starts)
         return Targets(
             values=values, class_names=names, order=order, kind=kind, stated_classes=n_classes, starts=starts
         )
-    grid = _grid(path, metadata)
-    values, starts = _read_lists(path, kind, most_values=most_lines * grid[0] * grid[1])
-    _require_in_range(path, values, n_classes, lowest=IGNORED)
+    grid = _grid(where, metadata)
+    values, starts = _parse_lists(file, kind, most_values=most_lines * grid[0] * grid[1], where=where)
+    _require_in_range(where, values, n_classes, lowest=IGNORED)
     if (np.diff(starts) != grid[0] * grid[1]).any():
-        raise CorruptStoreError(f"{path}: a line has not the {grid[0]} × {grid[1]} targets of its grid")
+        raise CorruptStoreError(f"{where}: a line has not the {grid[0]} × {grid[1]} targets of its grid")
     return Targets(values=values, class_names=names, order=order, kind=kind, stated_classes=n_classes, grid=grid)
 
 
-def read_target_ids(path: Path, kind: TargetKind) -> pa.ChunkedArray:
-    """The sample ids of a targets table, in its order.
+def parse_target_ids(file: pa.NativeFile, kind: TargetKind, *, where: str) -> pa.ChunkedArray:
+    """Return the sample ids of a targets table, in its order.
 
     Raises:
         CorruptStoreError: the file is not such a table.
     """
-    return read_table(path, _SCHEMAS[kind], ["sample_id"])["sample_id"]
+    return parse_table(file, _SCHEMAS[kind], ["sample_id"], where=where)["sample_id"]
 
 
-def _kind(path: Path, metadata: Mapping[str, bytes]) -> TargetKind:
+def _kind(where: str, metadata: Mapping[str, bytes]) -> TargetKind:
     found = metadata.get("kind", b"class").decode(errors="replace")
     for kind in _SCHEMAS:
         if kind == found:
             return kind
-    raise CorruptStoreError(f"{path}: its targets are of kind {found!r}; this coldtap knows {', '.join(_SCHEMAS)}")
+    raise CorruptStoreError(f"{where}: its targets are of kind {found!r}; this coldtap knows {', '.join(_SCHEMAS)}")
 
 
-def _class_names(path: Path, metadata: Mapping[str, bytes]) -> tuple[str, ...] | None:
+def _class_names(where: str, metadata: Mapping[str, bytes]) -> tuple[str, ...] | None:
     data = metadata.get("class_names")
     if not data:
         return None
     try:
         names = parse_json(data)
     except ValueError as error:
-        raise CorruptStoreError(f"{path}: its class names are not JSON ({error})") from error
+        raise CorruptStoreError(f"{where}: its class names are not JSON ({error})") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CorruptStoreError(f"{path}: its class names are not a list of names")
+        raise CorruptStoreError(f"{where}: its class names are not a list of names")
     return tuple(names)
 
 
-def _read_lists(path: Path, kind: TargetKind, *, most_values: int) -> tuple[np.ndarray[Any, Any], Integers]:
+def _parse_lists(
+    file: pa.NativeFile, kind: TargetKind, *, most_values: int, where: str
+) -> tuple[np.ndarray[Any, Any], Integers]:
     """The values of all lines, one line after another, and where each line begins."""
-    column = read_table(path, _SCHEMAS[kind], ["target"], most_values=most_values)["target"].combine_chunks()
+    table = parse_table(file, _SCHEMAS[kind], ["target"], most_values=most_values, where=where)
+    column = table["target"].combine_chunks()
     values = column.flatten()
     if values.null_count:
-        raise CorruptStoreError(f"{path}: a target has a value that is null")
+        raise CorruptStoreError(f"{where}: a target has a value that is null")
     return values.to_numpy(), column.offsets.to_numpy().astype(np.int64)
 
 
-def _stated_classes(path: Path, metadata: Mapping[str, bytes], names: tuple[str, ...] | None) -> int:
+def _stated_classes(where: str, metadata: Mapping[str, bytes], names: tuple[str, ...] | None) -> int:
     text = metadata.get("n_classes", b"").decode(errors="replace")
     n_classes = int(text) if text.isascii() and text.isdecimal() and len(text) < 9 else 0
     if not 1 <= n_classes <= MOST_CLASSES or (names is not None and len(names) != n_classes):
         raise CorruptStoreError(
-            f"{path}: its number of classes is {text!r}; expected 1 to {MOST_CLASSES}, and a name for each or none"
+            f"{where}: its number of classes is {text!r}; expected 1 to {MOST_CLASSES}, and a name for each or none"
         )
     return n_classes
 
 
-def _grid(path: Path, metadata: Mapping[str, bytes]) -> tuple[int, int]:
+def _grid(where: str, metadata: Mapping[str, bytes]) -> tuple[int, int]:
     try:
         grid = parse_json(metadata.get("grid", b"null"))
     except ValueError:
         grid = None
     if not (isinstance(grid, list) and len(grid) == 2 and all(type(n) is int and 0 < n < 1 << 15 for n in grid)):
-        raise CorruptStoreError(f"{path}: its token classes have no grid [h, w]")
+        raise CorruptStoreError(f"{where}: its token classes have no grid [h, w]")
     return grid[0], grid[1]
 
 
-def _require_in_range(path: Path, values: np.ndarray[Any, Any], n_classes: int, *, lowest: int) -> None:
+def _require_in_range(where: str, values: np.ndarray[Any, Any], n_classes: int, *, lowest: int) -> None:
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
     if low < lowest or high >= n_classes:
-        raise CorruptStoreError(f"{path} has targets from {low} to {high}; its classes are 0 to {n_classes - 1}")
+        raise CorruptStoreError(f"{where} has targets from {low} to {high}; its classes are 0 to {n_classes - 1}")
 
 
-def _require_ascending(path: Path, values: Integers, starts: Integers) -> None:
+def _require_ascending(where: str, values: Integers, starts: Integers) -> None:
     rising = np.diff(values) > 0
     ends = starts[1:-1]  # between two lines anything may follow anything
     rising[ends[(ends > 0) & (ends < len(values))] - 1] = True
     if not rising.all():
-        raise CorruptStoreError(f"{path}: the labels of a line are not ascending")
+        raise CorruptStoreError(f"{where}: the labels of a line are not ascending")
 
 
-def same_targets(path: Path, data: bytes) -> bool:
-    """Whether a stored table says what `data` says; its bytes may differ, as those of two pyarrow versions do.
+def same_targets(file: pa.NativeFile, data: bytes, *, where: str) -> bool:
+    """Return whether a stored table says what `data` says; its bytes may differ, as those of two pyarrow versions do.
 
     Raises:
         CorruptStoreError: the stored file is not such a table.
     """
     new = pq.read_table(BytesIO(data))
-    if not read_schema(path).equals(new.schema, check_metadata=True):
+    if not parse_schema(file, where=where).equals(new.schema, check_metadata=True):
         return False
-    return bool(read_table(path, new.schema).equals(new, check_metadata=True))
+    return bool(parse_table(file, new.schema, where=where).equals(new, check_metadata=True))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.shard_files import ShardFile, ShardFiles
+from coldtap.stores.reading.stored_numbers import Read
 from coldtap.stores.storage.threads import Threads
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
@@ -54,23 +54,30 @@ class StoredArray:
         numbers: Numbers,
         files: ShardFiles,
         threads: Threads,
-        read: Callable[[str], bytes | None],
+        read: Read,
+        features: str,
     ) -> None:
-        """Hold what reading needs; `read` gives the small files that the manifest lists."""
+        """Hold what reading needs.
+
+        Args:
+            spec: what the recipe says of it.
+            n_rows: its rows, absent ones included.
+            numbers: what turns stored numbers into values.
+            files: its shards and those of the store's other arrays.
+            threads: that read and decode.
+            read: gives the small files below `features.zarr` that the manifest lists.
+            features: where that lies, for errors.
+        """
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
         self._gathered_as = spec.gathered_as
         self._files, self._threads = files, threads
-        self._escapes = EscapeReader(spec, read, files.features) if spec.kept_as.is_coded else None
+        self._where = f"{features}/{spec.name}"
+        self._escapes = EscapeReader(spec, read, features) if spec.kept_as.is_coded else None
 
     @property
     def name(self) -> str:
         """Its path in `features.zarr`."""
         return self.spec.name
-
-    @property
-    def _where(self) -> Path:
-        """Its path, for errors."""
-        return self._files.features / self.name
 
     @property
     def gather(self) -> GatherName:
@@ -283,7 +290,7 @@ def _as_chunks(values: np.ndarray[Any, Any], n_chunks: int) -> np.ndarray[Any, n
     return values.reshape(len(values), n_chunks, -1, copy=False).view(np.uint8)
 
 
-def require_metadata(metadata: Mapping[str, Any], spec: ArraySpec, where: Path) -> int:
+def require_metadata(metadata: Mapping[str, Any], spec: ArraySpec, where: str) -> int:
     """Hold an array's metadata against what the recipe says of it; returns its number of rows.
 
     Raises:

@@ -1,51 +1,54 @@
 """What `inspect` shows of a store, complete or not."""
 
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from coldtap.errors import StoreError
 from coldtap.stores.format.codes import describe_bound
-from coldtap.stores.format.journal import JOURNAL, read_line
-from coldtap.stores.format.manifest import FEATURES, files_of
+from coldtap.stores.format.journal import JOURNAL
+from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.recipe import PARTS
-from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, read_table
+from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA
 from coldtap.stores.reading.escape_reader import EscapeReader
+from coldtap.stores.reading.journal_lines import read_line
+from coldtap.stores.reading.manifest_files import is_complete
 from coldtap.stores.reading.recipe_file import read_recipe
-from coldtap.stores.reading.store import Rows, Store
-from coldtap.stores.writing.writer import is_complete
+from coldtap.stores.reading.row_index import Rows
+from coldtap.stores.reading.store import Store
+from coldtap.stores.reading.tables import read_table
+from coldtap.stores.storage.address import Place, storage_at
 
 
-def describe_store(path: str | Path) -> dict[str, Any]:
+def describe_store(path: Place) -> dict[str, Any]:
     """Recipe, arrays, sizes, splits, labels, ranges and state of a store, as JSON.
 
     Raises:
         StoreError: there is no store at `path`.
         CorruptStoreError: its recipe, metadata or tables cannot be read.
     """
-    store = Path(path)
-    found = read_recipe(store)
+    storage = storage_at(path)
+    found = read_recipe(storage)
     if found is None:
-        raise StoreError(f"there is no store at {store}: make one with `cache-features SOURCE {store}`")
+        raise StoreError(f"there is no store at {storage}: make one with `cache-features SOURCE {storage}`")
     recipe, recorded = found
     signed = recipe.to_dict()
-    files = files_of(store)
+    lines = (name for name in storage.list(JOURNAL) if name.endswith(".json"))
     about: dict[str, Any] = {
-        "path": str(store),
-        "complete": is_complete(store),
+        "path": str(storage),
+        "complete": is_complete(storage),
         "address": signed["address"],
         "recipe": {part: signed[part] for part in PARTS},
         "recorded": recorded,
-        "n_bytes": sum((store / name).lstat().st_size for name in files),
-        "finished_blocks": sum(name.startswith(f"{JOURNAL}/") and name.endswith(".json") for name in files),
+        "n_bytes": storage.occupied_bytes(),
+        "finished_blocks": sum(1 for _ in lines),
     }
-    return about | _contents(Store(store), files) if about["complete"] else about
+    return about | _contents(Store(storage)) if about["complete"] else about
 
 
-def _contents(store: Store, files: set[str]) -> dict[str, Any]:
-    rejected = read_table(store.path / REJECTED, REJECTED_SCHEMA)
+def _contents(store: Store) -> dict[str, Any]:
+    rejected = read_table(store.storage, REJECTED, REJECTED_SCHEMA)
     return {
         "digest": store.digest,
         "n_rows": store.n_rows,
@@ -55,7 +58,7 @@ def _contents(store: Store, files: set[str]) -> dict[str, Any]:
         "targets": {name: _targets(store, name) for name in store.target_names},
         "norm": store.norm.kind if store.norm else None,
         "compensations": {name: dict(store.compensation(name).fitted) for name in store.compensations},
-        "arrays": [_array(store, name, files) for name in store.arrays],
+        "arrays": [_array(store, name) for name in store.arrays],
     }
 
 
@@ -91,9 +94,9 @@ def _label_counts(store: Store, name: str, rows: Rows) -> dict[str, int]:
     }
 
 
-def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
+def _array(store: Store, name: str) -> dict[str, Any]:
     array = store.arrays[name]
-    n_bytes = _bytes_below(store, f"{name}/c/", files)
+    n_bytes = _bytes_below(store, f"{name}/c")
     about = {
         "name": name,
         "shape": [array.n_rows, *array.row_shape],
@@ -107,15 +110,15 @@ def _array(store: Store, name: str, files: set[str]) -> dict[str, Any]:
         "n_bytes": n_bytes,
         "ranges": _ranges(store, name, len(array.taps)),
     }
-    return about | _codes(store, name, files, n_bytes) if array.spec.kept_as.is_coded else about
+    return about | _codes(store, name, n_bytes) if array.spec.kept_as.is_coded else about
 
 
-def _codes(store: Store, name: str, files: set[str], n_bytes: int) -> dict[str, Any]:
+def _codes(store: Store, name: str, n_bytes: int) -> dict[str, Any]:
     """What an int8 array takes on disk, and how many values its codes do not hold."""
     array = store.arrays[name]
     n_values = store.n_rows * prod(array.row_shape)
     escapes = _count_escapes(store, name)
-    beside = sum(_bytes_below(store, f"{folder}/{name}/", files) for folder in ("escapes", "scales"))
+    beside = sum(_bytes_below(store, f"{folder}/{name}") for folder in ("escapes", "scales"))
     return {
         "bound": describe_bound(store.recipe.encoding.scales),
         "n_bytes_beside": beside,
@@ -126,8 +129,8 @@ def _codes(store: Store, name: str, files: set[str], n_bytes: int) -> dict[str, 
     }
 
 
-def _bytes_below(store: Store, prefix: str, files: set[str]) -> int:
-    return sum((store.path / file).lstat().st_size for file in files if file.startswith(f"{FEATURES}/{prefix}"))
+def _bytes_below(store: Store, folder: str) -> int:
+    return store.storage.occupied_bytes(f"{FEATURES}/{folder}")
 
 
 def _count_escapes(store: Store, name: str) -> list[int]:
@@ -138,7 +141,7 @@ def _count_escapes(store: Store, name: str) -> list[int]:
         file = f"{FEATURES}/{key}"
         return store.read_file(file) if store.manifest.find(file) else None
 
-    reader = EscapeReader(array.spec, read, store.path / FEATURES)
+    reader = EscapeReader(array.spec, read, store.storage.describe(FEATURES))
     counts = np.zeros(len(array.taps), np.int64)
     for block in range(array.n_rows // array.spec.block_rows):
         counts += np.bincount(reader.of_block(block).place, minlength=len(counts))
@@ -149,7 +152,7 @@ def _ranges(store: Store, name: str, n_taps: int) -> list[list[float]]:
     """Smallest and largest value of each tap over all blocks, from the journal."""
     ranges: list[list[float]] = [[float("inf"), float("-inf")] for _ in range(n_taps)]
     block = 0
-    while (line := read_line(store.path, block)) is not None:
+    while (line := read_line(store.storage, block)) is not None:
         for total, (low, high) in zip(ranges, line.ranges.get(name, ()), strict=False):
             total[0], total[1] = min(total[0], low), max(total[1], high)
         block += 1

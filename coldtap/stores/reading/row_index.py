@@ -4,11 +4,18 @@ So no table of all rows has to be read before the first batch: that of ten milli
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from coldtap.stores.format.rows import Segment
+from coldtap.errors import CorruptStoreError, MissingFeaturesError
+from coldtap.stores.format.recipe import Recipe
+from coldtap.stores.format.rows import Segment, segments_of
+from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA
+from coldtap.stores.reading.manifest_files import ManifestFiles
+from coldtap.stores.reading.tables import read_table
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -68,3 +75,85 @@ class PresentRows:
             return np.zeros(len(rows), bool)
         places = np.minimum(np.searchsorted(self._rejected, rows), len(self._rejected) - 1)
         return np.asarray(self._rejected[places] == rows)
+
+
+class RowIndex:
+    """Which sample each row of a complete store is; each table is read when it is first needed.
+
+    Attributes:
+        segments: which rows are planned for which (split, view).
+    """
+
+    def __init__(self, files: ManifestFiles, recipe: Recipe) -> None:
+        """Read nothing yet."""
+        self._files, self._block_rows = files, recipe.encoding.block_rows
+        self.segments = segments_of(recipe.rows.splits, recipe.rows.views, self._block_rows)
+
+    @cached_property
+    def present(self) -> PresentRows:
+        """The rows that are there."""
+        rejected = self.rejected(["row"])["row"].to_numpy()
+        planned = PresentRows(self.segments, self._block_rows, np.empty(0, np.int64))
+        if (np.diff(rejected) <= 0).any() or len(planned.missing(rejected)):
+            where = self._files.storage.describe(REJECTED)
+            raise CorruptStoreError(f"{where}: its rows are not ascending, or not planned")
+        return PresentRows(self.segments, self._block_rows, rejected)
+
+    def samples(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return columns of `samples.parquet`, held against the manifest: one line per present row, ascending."""
+        self._files.require_intact(SAMPLES)
+        return read_table(self._files.storage, SAMPLES, SAMPLES_SCHEMA, columns)
+
+    def rejected(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return columns of `rejected.parquet`, held against the manifest: one line per row that is not there."""
+        self._files.require_intact(REJECTED)
+        return read_table(self._files.storage, REJECTED, REJECTED_SCHEMA, columns)
+
+    def sample_numbers(self, rows: Sequence[int] | Rows) -> Rows:
+        """Return the number of each row's sample; raises as `require_present` does."""
+        return self.present.sample_numbers(self.require_present(rows))
+
+    def sample_ids(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Return sample ids of rows; raises as `require_present` does."""
+        ids: list[str] = self._ids.take(pa.array(self._lines(rows))).to_pylist()
+        return ids
+
+    def sources(self, rows: Sequence[int] | Rows) -> list[str]:
+        """Return where the samples of rows came from; raises as `require_present` does."""
+        column = self.samples(["source"])["source"]
+        sources: list[str] = column.take(pa.array(self._lines(rows))).to_pylist()
+        return sources
+
+    def splits_by_id(self) -> dict[str, str]:
+        """Return the split of every sample of the plan, rejected ones included, by sample id."""
+        columns = ["sample_id", "split"]
+        return {
+            sample: split
+            for table in (self.samples(columns), self.rejected(columns))
+            for sample, split in zip(*(table[name].to_pylist() for name in columns), strict=True)
+        }
+
+    def require_present(self, rows: Sequence[int] | Rows) -> Rows:
+        """Return row numbers as an array.
+
+        Raises:
+            MissingFeaturesError: one of them is not there.
+        """
+        wanted = np.asarray(rows, np.int64)
+        missing = self.present.missing(wanted)
+        if len(missing):
+            raise MissingFeaturesError(
+                f"{self._files.storage} has no row {int(missing[0])}: it is padding, was rejected, or is out of range"
+            )
+        return wanted
+
+    @cached_property
+    def _ids(self) -> pa.ChunkedArray:
+        return self.samples(["sample_id"])["sample_id"]
+
+    def _lines(self, rows: Sequence[int] | Rows) -> Rows:
+        """The lines of rows in `samples.parquet`."""
+        lines = self.present.lines(self.require_present(rows))
+        if len(lines) and int(lines.max()) >= len(self._ids):
+            raise CorruptStoreError(f"{self._files.storage.describe(SAMPLES)} has fewer lines than the store has rows")
+        return lines

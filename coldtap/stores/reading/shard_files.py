@@ -1,20 +1,17 @@
 """Reading shards: the index parsed and checked once, rows copied from a map, and a bound on what stays open.
 
 A copy from a map runs at the speed of memory; a pread costs a third more (`docs/log.md`). Where an address-space limit
-is set, which counts a map as if it were memory, shards are pread instead. Sizes are held against the index before
-every use, since a map of a file that was cut meanwhile is no error but a SIGBUS.
+is set, which counts a map as if it were memory, or the storage has no maps, ranges are read instead. Sizes are held
+against the index before every use, since a map of a file that was cut meanwhile is no error but a SIGBUS.
 """
 
 import errno
 import mmap
-import os
 import resource
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +19,9 @@ import numpy as np
 from coldtap.errors import CorruptStoreError, MachineError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunks import CRC_BYTES, DECODE_ERRORS, checksum, decompress, frame_decoder, largest_frame
+from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.shards import ABSENT, ENTRY_BYTES
-from coldtap.stores.storage.files import open_regular
+from coldtap.stores.storage.contract import Reader, Storage
 from coldtap.stores.storage.threads import renew_after_fork
 
 MAX_OPEN_FILES = 256
@@ -38,13 +36,13 @@ class ShardIndex:
     Attributes:
         offsets, lengths: (row, chunk) int64, −1 where there is no chunk.
         checked: (row, chunk), true once a chunk's checksum was found to hold.
-        file: what the system says of the file that it was read from; it says so of no other.
+        n_bytes, etag: of the file that it was read from; no other has this etag.
         rank: (row,) the place of each row's chunks among those of equal length that fill the file from its start;
             −1 where a row is absent, None where the file is laid out otherwise.
     """
 
-    def __init__(self, entries: np.ndarray[Any, np.dtype[np.uint64]], file: tuple[int, ...]) -> None:
-        self.file = file
+    def __init__(self, entries: np.ndarray[Any, np.dtype[np.uint64]], n_bytes: int, etag: str) -> None:
+        self.n_bytes, self.etag = n_bytes, etag
         absent = (entries == ABSENT).all(axis=2)
         self.offsets = np.where(absent, -1, entries[..., 0].view(np.int64))
         self.lengths = np.where(absent, -1, entries[..., 1].view(np.int64))
@@ -69,45 +67,52 @@ class ShardIndex:
 class ShardFile:
     """An open shard. Reading is thread-safe.
 
-    `where` of an error names the file, the row of the array and the tap.
+    Errors name the file, the row of the array and the tap.
     """
 
     def __init__(
-        self, path: Path, spec: ArraySpec, first_row: int, index: ShardIndex | None = None, *, mapped: bool = False
+        self,
+        storage: Storage,
+        name: str,
+        spec: ArraySpec,
+        first_row: int,
+        index: ShardIndex | None = None,
+        *,
+        mapped: bool = False,
     ) -> None:
         """Open a shard, and parse its index unless it is known; that of a file that has changed is parsed anew.
+
+        Args:
+            storage: of the store.
+            name: of the shard in the store.
+            spec: its array.
+            first_row: the row of the array that stands first in it.
+            index: parsed before.
+            mapped: have it mapped into memory, which not every storage can.
 
         Raises:
             CorruptStoreError: the file is missing or too short, or its index is damaged or points outside.
             MachineError: this process may open no more files.
         """
-        self.path, self.spec, self.first_row = path, spec, first_row
+        self.where, self.spec, self.first_row = storage.describe(name), spec, first_row
         self._n_values = spec.chunk_bytes
-        try:
-            self._descriptor = open_regular(path)
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                raise MachineError(f"{path}: too many open files: raise the limit (ulimit -n)") from error
-            raise CorruptStoreError(f"{path}: the shard cannot be opened ({error.strerror})") from None
-        close = weakref.finalize(self, os.close, self._descriptor)
-        about = os.fstat(self._descriptor)
-        file = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-        self.index = index if index and index.file == file else self._read_index(about.st_size, file)
-        self._mapping = self._mapped(about.st_size) if mapped else None
+        self._reader = self._opened(storage, name)
+        self.index = index if index and index.etag == self._reader.etag else self._read_index()
+        self._mapping = self._reader.map() if mapped else None
         self._map: Bytes | None = None
         self._rows: Bytes | None = None  # (row present, chunk, byte), where every chunk lies at its regular place
         if self._mapping is not None:
-            close()  # a map has a descriptor of its own
+            self._reader.close()  # a map has a descriptor of its own
             self._map = np.frombuffer(self._mapping, np.uint8)
             self._rows = self._regular_rows(self._map)
 
-    def _mapped(self, n_bytes: int) -> mmap.mmap:
+    def _opened(self, storage: Storage, name: str) -> Reader:
         try:
-            return mmap.mmap(self._descriptor, n_bytes, access=mmap.ACCESS_READ)
-        except ValueError as error:
-            raise CorruptStoreError(f"{self.path}: it was cut while it was opened") from error
+            return storage.open(name)
         except OSError as error:
-            raise MachineError(f"{self.path}: the shard cannot be mapped ({error.strerror})") from error
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise MachineError(f"{self.where}: too many open files: raise the limit (ulimit -n)") from error
+            raise CorruptStoreError(f"{self.where}: the shard cannot be opened ({error.strerror})") from None
 
     def _regular_rows(self, data: Bytes) -> Bytes | None:
         if self.spec.layout != "fast" or self.index.rank is None:
@@ -121,21 +126,21 @@ class ShardFile:
         Raises:
             CorruptStoreError: the file is shorter or longer than it was.
         """
-        n_bytes = os.fstat(self._descriptor).st_size if self._mapping is None else self._mapping.size()
-        if n_bytes != self.index.file[2]:
-            raise CorruptStoreError(f"{self.path}: {n_bytes} bytes; it had {self.index.file[2]} when it was opened")
+        n_bytes = self._reader.size_now() if self._mapping is None else self._mapping.size()
+        if n_bytes != self.index.n_bytes:
+            raise CorruptStoreError(f"{self.where}: {n_bytes} bytes; it had {self.index.n_bytes} when it was opened")
 
-    def _read_index(self, n_bytes: int, file: tuple[int, ...]) -> ShardIndex:
-        spec = self.spec
+    def _read_index(self) -> ShardIndex:
+        spec, n_bytes = self.spec, self._reader.n_bytes
         n_index = spec.block_rows * spec.chunks_per_row * ENTRY_BYTES + CRC_BYTES
         if n_bytes < n_index:
-            raise CorruptStoreError(f"{self.path}: {n_bytes} bytes, shorter than its index of {n_index}")
+            raise CorruptStoreError(f"{self.where}: {n_bytes} bytes, shorter than its index of {n_index}")
         try:
-            data = os.pread(self._descriptor, n_index, n_bytes - n_index)
+            data = self._reader.read(n_bytes - n_index, n_bytes)
         except OSError as error:
-            raise CorruptStoreError(f"{self.path}: the shard's index cannot be read ({error.strerror})") from error
+            raise CorruptStoreError(f"{self.where}: the shard's index cannot be read ({error.strerror})") from error
         if checksum(data[:-CRC_BYTES]) != data[-CRC_BYTES:]:
-            raise CorruptStoreError(f"{self.path}: the checksum of the shard's index does not hold (truncated?)")
+            raise CorruptStoreError(f"{self.where}: the checksum of the shard's index does not hold (truncated?)")
         entries = np.frombuffer(data[:-CRC_BYTES], "<u8").reshape(spec.block_rows, spec.chunks_per_row, 2)
         there = entries[(entries != ABSENT).any(axis=2)]
         shortest, longest = self._chunk_lengths()
@@ -143,8 +148,8 @@ class ShardFile:
         # Compared without an addition that could wrap around.
         room = np.maximum(n_bytes - n_index - lengths.astype(np.float64), -1)
         if ((lengths < shortest) | (lengths > longest) | (there[:, 0] > room)).any():
-            raise CorruptStoreError(f"{self.path}: the shard's index points outside its chunks")
-        return ShardIndex(entries, file)
+            raise CorruptStoreError(f"{self.where}: the shard's index points outside its chunks")
+        return ShardIndex(entries, n_bytes, self._reader.etag)
 
     def _chunk_lengths(self) -> tuple[int, int]:
         """The shortest and the longest that a stored chunk can be."""
@@ -162,7 +167,7 @@ class ShardFile:
         some, whole = there.any(axis=1), np.asarray(there.all(axis=1))
         if (some != whole).any():
             row = int(np.flatnonzero(some != whole)[0])
-            raise CorruptStoreError(f"{self.path}: row {self.first_row + row} has lost some of its chunks")
+            raise CorruptStoreError(f"{self.where}: row {self.first_row + row} has lost some of its chunks")
         return whole
 
     def read_rows(self, rows: list[int], chunks: list[int], out: Bytes, at: list[int]) -> None:
@@ -241,12 +246,11 @@ class ShardFile:
 
     def _read(self, row: int, chunk: int, offset: int, n_bytes: int) -> Bytes:
         try:
-            data = os.pread(self._descriptor, n_bytes, offset)
+            return np.frombuffer(self._reader.read(offset, offset + n_bytes), np.uint8)
         except OSError as error:
             raise CorruptStoreError(f"{self._where(row, chunk)}: cannot be read ({error.strerror})") from error
-        if len(data) != n_bytes:
-            raise CorruptStoreError(f"{self._where(row, chunk)}: the shard ends early")
-        return np.frombuffer(data, np.uint8)
+        except CorruptStoreError as error:
+            raise CorruptStoreError(f"{self._where(row, chunk)}: the shard ends early") from error
 
     def _decoded(self, row: int, chunk: int, frame: Bytes) -> bytes:
         try:
@@ -256,10 +260,10 @@ class ShardFile:
 
     def _where(self, row: int, chunk: int) -> str:
         tap = f", tap {self.spec.taps[chunk]}" if self.spec.gathered_as.chunk_per_tap else ""
-        return f"{self.path}: row {self.first_row + row}{tap} of {self.spec.name}"
+        return f"{self.where}: row {self.first_row + row}{tap} of {self.spec.name}"
 
     def will_need(self, rows: np.ndarray[Any, np.dtype[np.int64]], chunks: Sequence[int]) -> None:
-        """Tell the kernel which bytes come next, so that it reads them at once and not row by row."""
+        """Say which bytes come next, so that they are read at once and not row by row."""
         offsets, lengths = self.index.offsets[rows], self.index.lengths[rows]
         first, last = min(chunks), max(chunks)
         for start, end in zip(offsets[:, first].tolist(), (offsets + lengths)[:, last].tolist(), strict=True):
@@ -268,8 +272,7 @@ class ShardFile:
 
     def _advise(self, start: int, end: int) -> None:
         if self._mapping is None:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._descriptor, start, end - start, os.POSIX_FADV_WILLNEED)
+            self._reader.will_need(start, end)
         elif hasattr(mmap, "MADV_WILLNEED"):
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
@@ -289,9 +292,10 @@ def _runs(chunks: list[int], offsets: list[int], lengths: list[int]) -> list[lis
 class ShardFiles:
     """The shards of one store that are in use: at most so many open files, and so many bytes of parsed indexes."""
 
-    def __init__(self, features: Path) -> None:
-        self.features = features
-        self._mapped = resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+    def __init__(self, storage: Storage) -> None:
+        """Open nothing yet."""
+        self._storage = storage
+        self._mapped = storage.capabilities.map and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
         self.renew()
         renew_after_fork(self)
 
@@ -312,8 +316,9 @@ class ShardFiles:
         with self._turn:
             file = self._files.pop(key, None)
             if file is None:
-                path = self.features / spec.shard_key(block)
-                file = ShardFile(path, spec, block * spec.block_rows, self._indexes.get(key), mapped=self._mapped)
+                name, first_row = f"{FEATURES}/{spec.shard_key(block)}", block * spec.block_rows
+                known = self._indexes.get(key)
+                file = ShardFile(self._storage, name, spec, first_row, known, mapped=self._mapped)
                 self._remember(key, file.index)
             self._files[key] = file
             if len(self._files) > MAX_OPEN_FILES:

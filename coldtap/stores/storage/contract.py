@@ -229,6 +229,11 @@ class Storage(ABC):
     def free_bytes(self) -> int | None:
         """Return the bytes that can be put there; None where nobody says."""
 
+    def occupied_bytes(self, folder: str = "") -> int:
+        """Return the bytes that lie below a folder, those of leftovers and of the lock's file included."""
+        found = (self.stat(key) for key in self.list(folder))
+        return sum(there.n_bytes for there in found if there is not None)
+
     def leftovers(self, place: str = "") -> Iterator[str]:
         """Yield the names of unfinished puts, below a folder or of one key; live writers have them too."""
         yield from ()

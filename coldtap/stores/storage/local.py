@@ -144,10 +144,22 @@ class LocalStorage(Storage):
             place = place.parent
         return shutil.disk_usage(place).free
 
+    def occupied_bytes(self, folder: str = "") -> int:
+        """Return the bytes of all files below a folder; a link counts as itself."""
+        return sum(
+            os.stat(name, dir_fd=self._root(), follow_symlinks=False).st_size
+            for name in self._walk(require_folder(folder))
+        )
+
     def _root(self) -> int:
         """Return the root's descriptor, opened once."""
         if (opened := self.__dict__.get("_opened")) is None:
-            opened = self.__dict__.setdefault("_opened", _Descriptor(os.open(self.root, _FOLDER)))
+            try:
+                descriptor = os.open(self.root, _FOLDER)
+            except NotADirectoryError as error:
+                what = "is a file" if self.root.exists() else "lies below a file, not a folder"
+                raise NotADirectoryError(error.errno, what, str(self.root)) from None
+            opened = self.__dict__.setdefault("_opened", _Descriptor(descriptor))
         return int(opened.number)
 
     def _made_root(self) -> int:
@@ -215,7 +227,7 @@ class LocalStorage(Storage):
             found = sorted(
                 f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
                 for entry in entries
-                if not (entry.is_symlink() and entry.is_dir())
+                if not _is_linked_folder(entry)
             )
         for name in found:
             if name.endswith("/"):
@@ -304,6 +316,13 @@ class _Descriptor:
     def __init__(self, number: int) -> None:
         self.number = number
         self.close = weakref.finalize(self, os.close, number)
+
+
+def _is_linked_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_symlink() and entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 @contextmanager

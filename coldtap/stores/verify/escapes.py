@@ -59,7 +59,7 @@ def _list_problems(store: Store, array: StoredArray, folder: str, n_blocks: int)
         name = f"{FEATURES}/{key}"
         return store.read_file(name) if store.manifest.find(name) else None
 
-    reader = EscapeReader(array.spec, read, store.path / FEATURES)
+    reader = EscapeReader(array.spec, read, store.storage.describe(FEATURES))
     for block in range(n_blocks):
         try:
             reader.of_block(block)

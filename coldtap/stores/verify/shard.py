@@ -3,7 +3,6 @@
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from coldtap.stores.format.chunks import CRC_BYTES, checksum
 from coldtap.stores.format.manifest import Entry
 from coldtap.stores.format.shards import ENTRY_BYTES
 from coldtap.stores.reading.shard_files import ShardFile
+from coldtap.stores.storage.contract import Reader, Storage
 from coldtap.stores.verify.problems import Problem
 
 PIECE_BYTES = 1 << 20
@@ -24,19 +24,19 @@ type Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def shard_problems(
-    store: Path, entry: Entry, spec: ArraySpec, block: int, entries: Mapping[str, Entry]
+    storage: Storage, entry: Entry, spec: ArraySpec, block: int, entries: Mapping[str, Entry]
 ) -> Iterator[Problem]:
     """What is wrong with a shard: its index, its chunks' checksums, the digests of its taps, its own.
 
     Args:
-        store: the store's path.
+        storage: of the store.
         entry: of the shard.
         spec: its array.
         block: its number.
         entries: the manifest, for the taps.
     """
     try:
-        shard = ShardFile(store / entry.name, spec, block * spec.block_rows)
+        shard = ShardFile(storage, entry.name, spec, block * spec.block_rows)
         present = np.flatnonzero(shard.present())
     except CorruptStoreError as error:
         yield Problem(where=entry.name, what=str(error))
@@ -48,8 +48,9 @@ def shard_problems(
         where = f"{_where(spec, shard.first_row + int(present[row]), chunk)}: " if row < len(present) else ""
         yield Problem(where=entry.name, what=f"{where}{what}")
         return
-    contents = _Contents(store / entry.name, entry.n_bytes, lengths)
-    broken = [_where(spec, shard.first_row + int(present[row]), chunk) for row, chunk in contents.read()]
+    contents = _Contents(entry.n_bytes, lengths)
+    with storage.open(entry.name) as reader:
+        broken = [_where(spec, shard.first_row + int(present[row]), chunk) for row, chunk in contents.read(reader)]
     yield from (Problem(where=entry.name, what=f"{where}: the chunk's checksum does not hold") for where in broken)
     lies = [*_tap_problems(entry, spec, contents, entries)]
     yield from lies
@@ -89,29 +90,28 @@ class _Contents:
         tap_bytes: their bytes.
     """
 
-    def __init__(self, path: Path, n_bytes: int, lengths: Integers) -> None:
-        self._path, self._n_bytes, self._lengths = path, n_bytes, lengths
+    def __init__(self, n_bytes: int, lengths: Integers) -> None:
+        self._n_bytes, self._lengths = n_bytes, lengths
         n_chunks = lengths.shape[1]
         self.whole = hashlib.sha256()
         self.taps = [hashlib.sha256() for _ in range(n_chunks)] if n_chunks > 1 else []
         self.tap_bytes: list[int] = lengths.sum(axis=0).tolist()
 
-    def read(self) -> Iterator[tuple[int, int]]:
+    def read(self, reader: Reader) -> Iterator[tuple[int, int]]:
         """Hash everything; yields the (row, chunk) whose checksum does not hold."""
         n_chunks = self._lengths.shape[1]
         ends = np.cumsum(self._lengths)
-        with self._path.open("rb", buffering=0) as file:
-            for first, last in _pieces(ends):
-                start = int(ends[first - 1]) if first else 0
-                data = _filled(file, int(ends[last - 1]) - start, self._path)
-                self.whole.update(data)
-                for number, end in enumerate((ends[first:last] - start).tolist(), first):
-                    chunk = data[end - int(self._lengths.flat[number]) : end]
-                    if self.taps:
-                        self.taps[number % n_chunks].update(chunk)
-                    if checksum(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:].tobytes():
-                        yield divmod(number, n_chunks)
-            self.whole.update(_filled(file, self._n_bytes - int(ends[-1]) if len(ends) else self._n_bytes, self._path))
+        for first, last in _pieces(ends):
+            start = int(ends[first - 1]) if first else 0
+            data = _filled(reader, start, int(ends[last - 1]))
+            self.whole.update(data)
+            for number, end in enumerate((ends[first:last] - start).tolist(), first):
+                chunk = data[end - int(self._lengths.flat[number]) : end]
+                if self.taps:
+                    self.taps[number % n_chunks].update(chunk)
+                if checksum(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:].tobytes():
+                    yield divmod(number, n_chunks)
+        self.whole.update(_filled(reader, int(ends[-1]) if len(ends) else 0, self._n_bytes))
 
 
 def _pieces(ends: Integers) -> Iterator[tuple[int, int]]:
@@ -124,17 +124,13 @@ def _pieces(ends: Integers) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _filled(file: Any, n_bytes: int, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The next bytes of a file, in a buffer of this thread that is used again."""
+def _filled(reader: Reader, start: int, end: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a range, in a buffer of this thread that is used again."""
+    n_bytes = end - start
     if len(getattr(_buffers, "bytes", b"")) < n_bytes:
         _buffers.bytes = np.empty(max(n_bytes, PIECE_BYTES), np.uint8)
     data: np.ndarray[Any, np.dtype[np.uint8]] = _buffers.bytes[:n_bytes]
-    done = 0
-    while done < n_bytes:
-        count = file.readinto(data[done:])
-        if not count:
-            raise CorruptStoreError(f"{path}: the file became shorter while it was read")
-        done += count
+    reader.read_into(start, memoryview(data))
     return data
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import batched
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,15 @@ import numpy as np
 from coldtap.errors import CorruptStoreError, StoreError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.compensation import compensation_file
-from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry, file_entry, files_of, read_manifest
-from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, read_table
+from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry
+from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA
+from coldtap.stores.reading.manifest_files import file_entry, files_of, is_complete, read_manifest
 from coldtap.stores.reading.recipe_file import read_recipe
 from coldtap.stores.reading.shard_files import ShardFile
 from coldtap.stores.reading.store import Store
-from coldtap.stores.storage.lock import LOCK_NAME
+from coldtap.stores.reading.tables import read_table
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.threads import usable_cores
 from coldtap.stores.verify.escapes import escape_problems
 from coldtap.stores.verify.problems import Problem
@@ -41,7 +43,7 @@ class Verification:
 
 
 def verify_store(
-    path: str | Path,
+    path: Place,
     *,
     begin: Callable[[int], None] = lambda n_bytes: None,
     advance: Callable[[int], None] = lambda n_bytes: None,
@@ -59,18 +61,18 @@ def verify_store(
         StoreError: there is no store to check, or it is incomplete.
         CorruptStoreError: its manifest cannot be read at all.
     """
-    store = Path(path)
-    if not (store / MANIFEST).exists() and read_recipe(store) is None:
-        raise StoreError(f"there is no store at {store}: make one with `cache-features SOURCE {store}`")
-    manifest = read_manifest(store)
+    storage = storage_at(path)
+    if not is_complete(storage) and read_recipe(storage) is None:
+        raise StoreError(f"there is no store at {storage}: make one with `cache-features SOURCE {storage}`")
+    manifest = read_manifest(storage)
     entries = manifest.entries()
-    problems = [*_file_problems(store, entries)]
+    problems = [*_file_problems(storage, entries)]
     files = [entry for name, entry in entries.items() if "#" not in name]
     begin(sum(entry.n_bytes for entry in files))
     damaged = {problem.where for problem in problems}
     opened: Store | None = None
     try:
-        opened = Store(store)
+        opened = Store(storage)
     except CorruptStoreError as error:
         problems.append(Problem(where=".", what=str(error)))
     arrays = {array.name: array.spec for array in opened.arrays.values()} if opened else {}
@@ -78,7 +80,7 @@ def verify_store(
         problems.extend(_tap_line_problems(entries, arrays))
 
     def check(entry: Entry) -> list[Problem]:
-        found = [] if entry.name in damaged else [*_content_problems(store, entry, entries, arrays)]
+        found = [] if entry.name in damaged else [*_content_problems(storage, entry, entries, arrays)]
         advance(entry.n_bytes)
         return found
 
@@ -103,35 +105,37 @@ def verify_store(
     )
 
 
-def _file_problems(store: Path, entries: Mapping[str, Entry]) -> Iterator[Problem]:
+def _file_problems(storage: Storage, entries: Mapping[str, Entry]) -> Iterator[Problem]:
     """Files that are missing, of another size, or not listed."""
-    there = files_of(store)
+    there = files_of(storage)
     for name, entry in entries.items():
         if "#" in name:
             continue
         if name not in there:
             yield Problem(where=name, what="the file is missing")
-        elif what := _size_problem(store / name, entry.n_bytes):
+        elif what := _size_problem(storage, name, entry.n_bytes):
             yield Problem(where=name, what=what)
-    for name in sorted(there - set(entries) - {MANIFEST, LOCK_NAME}):
+    for name in sorted(there - set(entries) - {MANIFEST}):
         yield Problem(where=name, what="the manifest does not list this file")
 
 
-def _size_problem(path: Path, n_bytes: int) -> str | None:
+def _size_problem(storage: Storage, name: str, n_bytes: int) -> str | None:
     try:
-        size = path.stat().st_size
-    except OSError as error:  # a link to nothing, such as git-annex leaves
-        return f"the file cannot be read ({error.strerror})"
-    return None if size == n_bytes else f"{size} bytes; the manifest says {n_bytes}"
+        there = storage.stat(name)
+    except (OSError, CorruptStoreError) as error:
+        return f"the file cannot be read ({error})"
+    if there is None:
+        return "the file cannot be read (a link to nothing, such as git-annex leaves)"
+    return None if there.n_bytes == n_bytes else f"{there.n_bytes} bytes; the manifest says {n_bytes}"
 
 
 def _content_problems(
-    store: Path, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]
+    storage: Storage, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]
 ) -> Iterator[Problem]:
     name, _, key = entry.name.removeprefix(f"{FEATURES}/").partition("/c/")
     if name in arrays and key:
-        yield from shard_problems(store, entry, arrays[name], int(key.split("/")[0]), entries)
-    elif file_entry(store, entry.name) != entry:
+        yield from shard_problems(storage, entry, arrays[name], int(key.split("/")[0]), entries)
+    elif file_entry(storage, entry.name) != entry:
         yield Problem(where=entry.name, what="its SHA-256 is not the manifest's")
 
 
@@ -160,14 +164,14 @@ def _row_problems(store: Store, damaged: Set[str]) -> tuple[list[Problem], int]:
     """Rows on which the tables, the plan and the shards do not agree; damaged files are reported themselves."""
     try:
         # Read as they are: their digests are reported with the files.
-        samples = read_table(store.path / SAMPLES, SAMPLES_SCHEMA, ["row", "view", "split"])
+        samples = read_table(store.storage, SAMPLES, SAMPLES_SCHEMA, ["row", "view", "split"])
         listed = samples["row"].to_numpy()
-        rejected = read_table(store.path / REJECTED, REJECTED_SCHEMA, ["row"])["row"].to_numpy()
+        rejected = read_table(store.storage, REJECTED, REJECTED_SCHEMA, ["row"])["row"].to_numpy()
     except CorruptStoreError as error:
         return [Problem(where=".", what=str(error))], 0
     problems = [*_plan_problems(store, samples, rejected)]
     for array in store.arrays.values():
-        there, unknown = _present_rows(array.spec, array.n_rows, store.path, damaged)
+        there, unknown = _present_rows(array.spec, array.n_rows, store.storage, damaged)
         for row in np.setdiff1d(np.setxor1d(there, listed), unknown)[:3].tolist():
             what = "has a chunk and no line" if row in there else "has a line and no chunk"
             problems.append(Problem(where=SAMPLES, what=f"row {row} of {array.name} {what}"))
@@ -191,7 +195,7 @@ def _plan_problems(store: Store, samples: Any, rejected: Rows) -> Iterator[Probl
         yield Problem(where=SAMPLES, what=f"row {row} is not where the recipe's plan has its split and view")
 
 
-def _present_rows(array: ArraySpec, n_rows: int, store: Path, damaged: Set[str]) -> tuple[Rows, Rows]:
+def _present_rows(array: ArraySpec, n_rows: int, storage: Storage, damaged: Set[str]) -> tuple[Rows, Rows]:
     """Rows of an array that have their chunks, and rows of which a damaged shard does not say."""
     there, unknown = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for block in range(n_rows // array.block_rows):
@@ -200,8 +204,8 @@ def _present_rows(array: ArraySpec, n_rows: int, store: Path, damaged: Set[str])
         try:
             if name in damaged:
                 unknown.append(rows)
-            elif (store / name).exists():
-                there.append(rows[ShardFile(store / name, array, int(rows[0])).present()])
+            elif storage.stat(name) is not None:
+                there.append(rows[ShardFile(storage, name, array, int(rows[0])).present()])
         except CorruptStoreError:
             unknown.append(rows)
     return np.concatenate(there), np.concatenate(unknown)

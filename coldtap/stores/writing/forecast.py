@@ -1,15 +1,14 @@
 """Before the job starts: how many bytes, how long, and whether they fit."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from coldtap.errors import MachineError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunks import CRC_BYTES
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.shards import ENTRY_BYTES
+from coldtap.stores.storage.contract import Storage
 
 # Ids, digests and places in samples.parquet, and one line of the journal; a test holds the forecast within 3 %.
 BYTES_PER_ROW_BESIDE = 250
@@ -23,17 +22,17 @@ class Forecast:
         n_rows: rows to extract.
         n_bytes: bytes to write.
         seconds: time to take, at the calibration's rate.
-        free_bytes: free space where the store will be.
+        free_bytes: free space where the store will be; None where nobody says.
     """
 
     n_rows: int
     n_bytes: int
     seconds: float
-    free_bytes: int
+    free_bytes: int | None
 
 
 def forecast(
-    store: Path,
+    storage: Storage,
     specs: Sequence[ArraySpec],
     plan: RowPlan,
     blocks: Sequence[int],
@@ -53,23 +52,18 @@ def forecast(
         n_rows=n_rows,
         n_bytes=round(n_rows * per_row) + len(blocks) * per_block,
         seconds=n_rows / rows_per_second,
-        free_bytes=shutil.disk_usage(_existing(store)).free,
+        free_bytes=storage.free_bytes(),
     )
 
 
-def require_space(store: Path, forecast: Forecast) -> None:
+def require_space(storage: Storage, forecast: Forecast) -> None:
     """Refuse to start what cannot fit.
 
     Raises:
         MachineError: naming both sizes.
     """
-    if forecast.n_bytes > forecast.free_bytes:
+    if forecast.free_bytes is not None and forecast.n_bytes > forecast.free_bytes:
         raise MachineError(
-            f"{store} needs {forecast.n_bytes / 1e6:,.3f} MB and {forecast.free_bytes / 1e6:,.3f} MB are free there: "
+            f"{storage} needs {forecast.n_bytes / 1e6:,.3f} MB and {forecast.free_bytes / 1e6:,.3f} MB are free there: "
             "free some space, choose another path, or keep less (`taps`, `gather`, `tier`)"
         )
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else _existing(path.parent)

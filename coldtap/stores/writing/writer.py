@@ -6,10 +6,8 @@ most the blocks in flight.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
-from shutil import rmtree
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 
@@ -18,52 +16,76 @@ from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.canonical import readable_json, sha256
 from coldtap.stores.format.compensation import COMPENSATION
 from coldtap.stores.format.escapes import escape_chunks, longest_list
-from coldtap.stores.format.journal import (
-    JOURNAL,
-    JournalLine,
-    Rejection,
-    ShardRecord,
-    journal_name,
-    read_line,
-    write_line,
-)
-from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry, file_entry, read_manifest, write_manifest
+from coldtap.stores.format.journal import JOURNAL, JournalLine, Rejection, ShardRecord, journal_name
+from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry
 from coldtap.stores.format.metadata import escape_files, static_files
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.shards import SealedShard
-from coldtap.stores.format.tables import (
-    REJECTED,
-    REJECTED_SCHEMA,
-    SAMPLES,
-    SAMPLES_SCHEMA,
-    write_rows,
-)
-from coldtap.stores.format.targets import TARGETS, same_targets, targets_name
+from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA
+from coldtap.stores.format.targets import TARGETS, targets_name
 from coldtap.stores.format.tiers import Numbers
+from coldtap.stores.reading.journal_lines import read_line
+from coldtap.stores.reading.manifest_files import file_entry
 from coldtap.stores.reading.recipe_file import RECIPE
-from coldtap.stores.reading.stored_numbers import ROOT, stored_numbers
-from coldtap.stores.storage.atomic import TEMPORARY_SUFFIX, machine_errors, write_file
+from coldtap.stores.reading.stored_numbers import ROOT, read_feature, read_norm, stored_numbers
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.faults import fault_point
 from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
+from coldtap.stores.writing.records import write_line, write_manifest, write_rows
+
+# Only there do dead jobs of coldtap leave something; elsewhere others may use the same ending.
+SWEPT = (RECIPE, SAMPLES, REJECTED, MANIFEST, FEATURES, JOURNAL, TARGETS, COMPENSATION)
 
 
 class StoreWriter:
-    """Writes the blocks and tables of one store; the caller holds its lock."""
+    """Writes the blocks and tables of one store that was begun; the job's first process holds its lock.
 
-    def __init__(self, store: Path, recipe: Recipe, specs: Sequence[ArraySpec], plan: RowPlan) -> None:
-        self.store = store
-        self.recipe = recipe
-        self.specs = tuple(specs)
-        self.plan = plan
-        self.numbers: Mapping[str, Numbers] = {}
-        self._statics: tuple[str, ...] = ()
+    Attributes:
+        storage: where it lies.
+        recipe: what was asked.
+        specs: its arrays.
+        plan: its rows.
+        numbers: how the values of each array are kept, for good.
+        norm: the backbone's final norm.
+    """
 
-    def start(self, recorded: Mapping[str, Any], numbers: Mapping[str, Numbers], norm: FinalNorm | None) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        recipe: Recipe,
+        specs: Sequence[ArraySpec],
+        plan: RowPlan,
+        numbers: Mapping[str, Numbers],
+        norm: FinalNorm | None,
+    ) -> None:
+        """Hold what `begin` or `join` found."""
+        self.storage, self.recipe, self.specs, self.plan = storage, recipe, tuple(specs), plan
+        self.numbers, self.norm = numbers, norm
+
+    @classmethod
+    def begin(
+        cls,
+        place: Place,
+        recipe: Recipe,
+        specs: Sequence[ArraySpec],
+        plan: RowPlan,
+        *,
+        recorded: Mapping[str, Any],
+        numbers: Mapping[str, Numbers],
+        norm: FinalNorm | None,
+    ) -> Self:
         """Write the recipe and the arrays' metadata where they are not there yet; sweep what a dead job left.
 
+        The caller holds the store's lock.
+
         Args:
+            place: of the store.
+            recipe: what was asked.
+            specs: its arrays.
+            plan: its rows.
             recorded: what goes beside the recipe.
             numbers: how the values of each array are kept, unless an earlier call has fixed it.
             norm: the backbone's final norm.
@@ -71,47 +93,38 @@ class StoreWriter:
         Raises:
             MachineError: the disk is full, read-only or refuses.
         """
-        with machine_errors(self.store):
-            self.store.mkdir(parents=True, exist_ok=True)
-            for left in self._leftovers():
-                left.unlink(missing_ok=True)
-        recipe = readable_json({**self.recipe.to_dict(), "recorded": dict(recorded)})
-        self._write_missing(RECIPE, recipe)
+        storage = storage_at(place)
+        for swept in SWEPT:
+            storage.sweep(swept)
+        if storage.stat(RECIPE) is None:
+            storage.put(RECIPE, [readable_json({**recipe.to_dict(), "recorded": dict(recorded)})])
         fault_point("recipe-written")
         # What lies there from an earlier call is used for good; the root, written last, says that all of it lies there.
-        begun = stored_numbers(self.store, self.specs)
-        self.numbers = begun or numbers
-        statics = static_files(self.recipe, self.specs, self.plan.n_rows, self.numbers, norm)
-        for name in sorted(statics, key=ROOT.__eq__) if begun is None else ():
-            write_file(self.store / name, [statics[name]])
+        begun = stored_numbers(storage, specs)
+        writer = cls(storage, recipe, specs, plan, begun or numbers, norm)
+        for name in sorted(writer._statics, key=ROOT.__eq__) if begun is None else ():
+            storage.put(name, [writer._statics[name]])
             fault_point("array-created")
-        self._statics = tuple(statics)
         fault_point("arrays-created")
+        return writer
 
-    def _leftovers(self) -> Iterable[Path]:
-        """Temporary files of a dead job; only where coldtap writes, for others may use the same ending."""
-        for name in (RECIPE, SAMPLES, REJECTED, MANIFEST):
-            yield self.store / (name + TEMPORARY_SUFFIX)
-        for folder in (FEATURES, JOURNAL, TARGETS, COMPENSATION):
-            yield from (self.store / folder).rglob(f"*{TEMPORARY_SUFFIX}")
+    @classmethod
+    def join(cls, storage: Storage, recipe: Recipe, specs: Sequence[ArraySpec], plan: RowPlan) -> Self:
+        """Write blocks of a store that another process has begun.
 
-    def _write_missing(self, name: str, data: bytes) -> None:
-        if not (self.store / name).exists():
-            write_file(self.store / name, [data])
+        Raises:
+            IncompleteStoreError: it has not.
+        """
+        numbers = stored_numbers(storage, specs)
+        if numbers is None:
+            raise IncompleteStoreError(f"{storage}: the metadata of its arrays is gone; run the same command again")
+        norm = read_norm(read_feature(storage), storage.describe(FEATURES))
+        return cls(storage, recipe, specs, plan, numbers, norm)
 
-    def finished_blocks(self) -> list[int]:
-        """Blocks that have a journal line and every shard of it, of the size that the line says."""
-        return [block for block in range(self.plan.n_blocks) if self._is_finished(block)]
-
-    def _is_finished(self, block: int) -> bool:
-        line = read_line(self.store, block)
-        if line is None:
-            return False
-        with suppress(FileNotFoundError):
-            return all(
-                (self.store / FEATURES / name).stat().st_size == shard.n_bytes for name, shard in line.shards.items()
-            )
-        return False
+    @cached_property
+    def _statics(self) -> dict[str, bytes]:
+        """The files that are there before the first block, by name."""
+        return static_files(self.recipe, self.specs, self.plan.n_rows, self.numbers, self.norm)
 
     def new_buffers(self) -> BlockBuffers:
         """A buffer an array, for the rows of one block."""
@@ -160,7 +173,7 @@ class StoreWriter:
             ranges=ranges,
             environment=dict(environment),
         )
-        write_line(self.store, line)
+        write_line(self.storage, line)
         fault_point("journal-written")
         return line
 
@@ -169,7 +182,7 @@ class StoreWriter:
             yield from sealed.pieces
             fault_point("shard-temporary")
 
-        write_file(self.store / FEATURES / key, pieces())
+        self.storage.put(f"{FEATURES}/{key}", pieces())
         fault_point("shard-renamed")
         shards[key] = ShardRecord(
             n_bytes=sealed.whole.n_bytes,
@@ -181,10 +194,11 @@ class StoreWriter:
     def _forget_escapes(self, spec: ArraySpec, block: int) -> None:
         """A longer list may lie there from a block that died, made elsewhere (`allow_mixed`)."""
         for part in ("position", "value"):
-            rmtree(self.store / FEATURES / f"escapes/{spec.name}/{part}/c/{block}", ignore_errors=True)
+            for key in self.storage.list(f"{FEATURES}/escapes/{spec.name}/{part}/c/{block}"):
+                self.storage.delete(key)
 
     def _place_escapes(self, key: str, data: bytes, shards: dict[str, ShardRecord]) -> None:
-        write_file(self.store / FEATURES / key, [data])
+        self.storage.put(f"{FEATURES}/{key}", [data])
         fault_point("escapes-renamed")
         shards[key] = ShardRecord(n_bytes=len(data), sha256=sha256(data))
 
@@ -206,14 +220,14 @@ class StoreWriter:
         Raises:
             IncompleteStoreError: a block is missing.
         """
-        write_rows(self.store / SAMPLES, SAMPLES_SCHEMA, self._samples(ids, where))
-        write_rows(self.store / REJECTED, REJECTED_SCHEMA, self._rejected(ids, where))
+        write_rows(self.storage, SAMPLES, SAMPLES_SCHEMA, self._samples(ids, where))
+        write_rows(self.storage, REJECTED, REJECTED_SCHEMA, self._rejected(ids, where))
         beside = {**{targets_name(name): data for name, data in targets.items()}, **(others or {})}
         for name, data in beside.items():
-            write_file(self.store / name, [data])
+            self.storage.put(name, [data])
         escapes = self._write_escape_metadata()
         fault_point("index-written")
-        return write_manifest(self.store, self._entries([*self._statics, *escapes, *beside]))
+        return write_manifest(self.storage, self._entries([*self._statics, *escapes, *beside]))
 
     def _write_escape_metadata(self) -> Iterable[str]:
         coded = [spec for spec in self.specs if spec.kept_as.is_coded]
@@ -223,15 +237,15 @@ class StoreWriter:
                 longest[spec.name] = max(longest[spec.name], longest_list(line.shards, spec))
         files = escape_files(coded, self.plan.n_blocks, longest) if coded else {}
         for name, data in files.items():
-            write_file(self.store / name, [data])
+            self.storage.put(name, [data])
         return files
 
     def _lines(self) -> Iterator[JournalLine]:
         """Every block's line, one at a time: together they would grow with the dataset."""
         for block in range(self.plan.n_blocks):
-            line = read_line(self.store, block)
+            line = read_line(self.storage, block)
             if line is None:
-                raise IncompleteStoreError(f"{self.store}: block {block} of {self.plan.n_blocks} is not there yet")
+                raise IncompleteStoreError(f"{self.storage}: block {block} of {self.plan.n_blocks} is not there yet")
             yield line
 
     def _samples(self, ids: Sequence[str], where: Callable[[int], str]) -> Iterable[tuple[Any, ...]]:
@@ -265,46 +279,11 @@ class StoreWriter:
                 yield Entry(sha256=shard.sha256, n_bytes=shard.n_bytes, name=name)
                 if len(shard.tap_sha256) > 1:
                     yield from _tap_entries(name, taps_of[key.rpartition("/c/")[0]], shard)
-            yield file_entry(self.store, journal_name(line.block))
+            yield file_entry(self.storage, journal_name(line.block))
         for name in (RECIPE, SAMPLES, REJECTED, *small):
-            yield file_entry(self.store, name)
+            yield file_entry(self.storage, name)
 
 
 def _tap_entries(name: str, taps: Sequence[int], shard: ShardRecord) -> Iterator[Entry]:
     for tap, n_bytes, digest in zip(taps, shard.tap_bytes, shard.tap_sha256, strict=True):
         yield Entry(sha256=digest, n_bytes=n_bytes, name=f"{name}#{tap}")
-
-
-def has_other_targets(store: Path, name: str, data: bytes) -> bool:
-    """Whether the targets of a complete store are not those of a table, or not those that its manifest says."""
-    known = read_manifest(store).find(targets_name(name))
-    path = store / targets_name(name)
-    intact = known is not None and path.exists() and file_entry(store, known.name) == known
-    return not intact or not same_targets(path, data)
-
-
-def update_targets(store: Path, name: str, data: bytes) -> None:
-    """Replace the targets of a complete store without touching a feature; the caller holds its lock."""
-    update_file(store, targets_name(name), data)
-
-
-def holds_file(store: Path, file: str, data: bytes) -> bool:
-    """Whether a complete store has a file of these bytes, on disk and in its manifest."""
-    known = read_manifest(store).find(file)
-    same = known is not None and known.sha256 == sha256(data)
-    return same and (store / file).exists() and file_entry(store, file) == known
-
-
-def update_file(store: Path, file: str, data: bytes) -> None:
-    """Add or replace a small file of a complete store; the caller holds its lock.
-
-    It is written before the manifest that names it; a death between the two is mended by the same call.
-    """
-    entries = read_manifest(store).entries()
-    write_file(store / file, [data])
-    write_manifest(store, {**entries, file: file_entry(store, file)}.values())
-
-
-def is_complete(store: Path) -> bool:
-    """Whether a store has its manifest."""
-    return (store / MANIFEST).exists()

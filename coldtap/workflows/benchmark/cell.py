@@ -99,7 +99,7 @@ def _advised(task: CellTask, error: MissingFeaturesError) -> MissingFeaturesErro
     if not lacking:
         return error
     return MissingFeaturesError(
-        f"{task.adaptor} needs {', '.join(lacking)}; {store.path} was cached for other adaptors and holds "
+        f"{task.adaptor} needs {', '.join(lacking)}; {store.storage} was cached for other adaptors and holds "
         f"{describe_gathers(store)}: delete it and its runs ({task.out.parent}) and run the same command again, or "
         "choose another `out`"
     )

@@ -26,7 +26,7 @@ from coldtap.stores.format.compensation import FITTED
 from coldtap.stores.reading.describe import describe_store
 from coldtap.stores.storage.lock import StoreLock
 from coldtap.stores.verify.verify import verify_store
-from coldtap.stores.writing.writer import update_file
+from coldtap.stores.writing.updates import update_file
 from tests.helpers.jobs import cache, coldtap, error_line, files, in_memory, read
 from tests.helpers.places import ROOT
 from tests.helpers.synthetic import GEOMETRY

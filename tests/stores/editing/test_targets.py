@@ -33,7 +33,7 @@ from coldtap.stores.format.targets import TARGETS_SCHEMA, targets_bytes
 from coldtap.stores.reading.describe import describe_store
 from coldtap.stores.storage.lock import StoreLock
 from coldtap.stores.verify.verify import verify_store
-from coldtap.stores.writing.writer import update_targets
+from coldtap.stores.writing.updates import update_targets
 from tests.helpers.jobs import cache, coldtap, files, in_memory
 from tests.helpers.pictures import encoded, picture, write_pictures
 from tests.helpers.places import ROOT
@@ -112,7 +112,7 @@ def test_a_table_in_the_order_of_the_rows_is_read_without_ids(tmp_path, monkeypa
     given = {sample: of(i) for i, sample in enumerate(ids)}
     add_targets(store.path, "more", dict(reversed(given.items())), kind=kind)
     again = open_store(store.path)
-    monkeypatch.setattr("coldtap.stores.reading.store.read_target_ids", lambda *_: pytest.fail("ids were read"))
+    monkeypatch.setattr("coldtap.stores.reading.labels.parse_target_ids", lambda *_: pytest.fail("ids were read"))
     found = again.targets(rows, "more")
     classes = {"class": found, "labels": found.argmax(-1), "token-class": found[..., 0]}[kind]
     assert classes.tolist() == [i % 3 for i in range(len(rows))]

@@ -9,8 +9,8 @@ import zarr
 
 from coldtap.stores import open_store
 from coldtap.stores.format.canonical import sha256
-from coldtap.stores.format.manifest import files_of
 from coldtap.stores.reading.describe import describe_store
+from coldtap.stores.reading.manifest_files import files_of
 from coldtap.stores.verify.verify import verify_store
 from tests.helpers.places import FIXTURES
 

@@ -19,12 +19,15 @@ from coldtap.errors import (
 from coldtap.stores.format.arrays import plan_arrays
 from coldtap.stores.format.canonical import canonical_json, readable_json
 from coldtap.stores.format.geometry import Geometry
-from coldtap.stores.format.journal import JournalLine, Rejection, ShardRecord, read_line, write_line
-from coldtap.stores.format.manifest import Entry, read_manifest, write_manifest
+from coldtap.stores.format.journal import JournalLine, Rejection, ShardRecord
+from coldtap.stores.format.manifest import Entry
 from coldtap.stores.format.recipe import Recipe, differences
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.tiers import FLOAT16_MAX, HEADROOM, TIERS, Numbers, float16_exponent
+from coldtap.stores.reading.journal_lines import read_line
+from coldtap.stores.reading.manifest_files import read_manifest
 from coldtap.stores.reading.recipe_file import read_recipe
+from coldtap.stores.writing.records import write_line, write_manifest
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TAP = {"name": "z0", "grid": [2, 2], "prefix_tokens": 1, "channels": 4}

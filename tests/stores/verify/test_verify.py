@@ -16,7 +16,8 @@ from coldtap.stores import open_store
 from coldtap.stores.format.chunks import checksum, compress, decompress
 from coldtap.stores.format.codes import Scaling
 from coldtap.stores.format.escapes import CHUNK
-from coldtap.stores.format.manifest import MANIFEST, file_entry
+from coldtap.stores.format.manifest import MANIFEST
+from coldtap.stores.reading.manifest_files import file_entry
 from coldtap.stores.verify.verify import verify_store
 from coldtap.text import show_bytes
 from tests.helpers.jobs import cache, coldtap, error_line, files, in_memory

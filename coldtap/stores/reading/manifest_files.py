@@ -1,0 +1,162 @@
+"""The manifest of a store, and the files beside the features, held against it."""
+
+import hashlib
+
+from coldtap.errors import CorruptStoreError, IncompleteStoreError, MachineError
+from coldtap.stores.format.canonical import sha256
+from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry, Manifest
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
+
+
+class ManifestFiles:
+    """The small files of a complete store, none of which is believed unless it is what the manifest says.
+
+    Attributes:
+        storage: where the store lies.
+        manifest: its lines.
+    """
+
+    def __init__(self, storage: Storage) -> None:
+        """Read the manifest; raises as `read_manifest` does."""
+        self.storage, self.manifest = storage, read_manifest(storage)
+
+    def read(self, name: str) -> bytes:
+        """Return the bytes of a file.
+
+        Raises:
+            CorruptStoreError: it is missing, or not what the manifest says.
+        """
+        data = self.find(name)
+        if data is None:
+            raise self._unlisted(name)
+        return data
+
+    def find(self, name: str) -> bytes | None:
+        """Return the bytes of a file; None where there is no such file, and none is listed.
+
+        Raises:
+            CorruptStoreError: it is missing, or not what the manifest says.
+        """
+        entry = self.manifest.find(name)
+        if entry is None:
+            self._require_absent(name)
+            return None
+        try:
+            data = self.storage.get(name)
+        except OSError:
+            raise self._missing(name) from None
+        if sha256(data) != entry.sha256:
+            raise self._changed(name)
+        return data
+
+    def find_feature(self, name: str) -> bytes | None:
+        """Return the bytes of a file below `features.zarr`, as `find` does."""
+        return self.find(f"{FEATURES}/{name}")
+
+    def has(self, name: str) -> bool:
+        """Return whether the manifest lists a file.
+
+        Raises:
+            CorruptStoreError: it does not, and yet the file is there.
+        """
+        if self.manifest.find(name) is not None:
+            return True
+        self._require_absent(name)
+        return False
+
+    def require_intact(self, name: str) -> None:
+        """Hold a table against the manifest without having all of it in memory.
+
+        Raises:
+            CorruptStoreError: it is missing, or not what the manifest says.
+        """
+        entry = self.manifest.find(name)
+        try:
+            there = self.storage.stat(name)
+            same = entry is not None and there is not None and there.n_bytes == entry.n_bytes
+            same = same and file_entry(self.storage, name) == entry
+        except OSError:
+            raise self._missing(name) from None
+        if there is None:
+            raise self._missing(name)
+        if not same:
+            raise self._changed(name)
+
+    def names_below(self, folder: str) -> list[str]:
+        """Return the names of the files that the manifest lists below a folder, sorted."""
+        return [name for name in self.manifest.entries() if name.startswith(f"{folder}/")]
+
+    def _require_absent(self, name: str) -> None:
+        """A file that is there and not in the manifest is no file of another: its line is damaged."""
+        if self.storage.stat(name) is not None:
+            raise self._unlisted(name)
+
+    def _unlisted(self, name: str) -> CorruptStoreError:
+        where = self.storage.describe(name)
+        return CorruptStoreError(f"{where}: the manifest does not list it: run `coldtap verify`")
+
+    def _missing(self, name: str) -> CorruptStoreError:
+        where = self.storage.describe(name)
+        return CorruptStoreError(f"{where} is missing: fetch it again, or run `coldtap verify`")
+
+    def _changed(self, name: str) -> CorruptStoreError:
+        return CorruptStoreError(f"{self.storage.describe(name)} is not what the manifest says: run `coldtap verify`")
+
+
+def read_manifest(place: Place) -> Manifest:
+    """Return a store's manifest.
+
+    Raises:
+        IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
+        CorruptStoreError: it cannot be read.
+        MachineError: this user may not read it.
+    """
+    storage = storage_at(place)
+    where = storage.describe(MANIFEST)
+    try:
+        return Manifest(_text_bytes(storage, MANIFEST), where=where)
+    except FileNotFoundError:
+        raise IncompleteStoreError(
+            f"{storage} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
+        ) from None
+    except PermissionError as error:
+        raise MachineError(f"{where} may not be read ({error.strerror}): change its mode or ask its owner") from error
+    except OSError as error:
+        raise CorruptStoreError(f"{where} cannot be read ({error.strerror})") from error
+
+
+def _text_bytes(storage: Storage, name: str) -> bytearray:
+    """Return the bytes of a text of any length; one that a hole makes long is not read to its end."""
+    data = bytearray()
+    with storage.open(name) as reader:
+        for piece in reader.pieces():
+            if b"\0" in piece:
+                raise CorruptStoreError(f"{reader.where} is damaged: it holds zero bytes")
+            data += piece
+    return data
+
+
+def is_complete(storage: Storage) -> bool:
+    """Return whether a store has its manifest."""
+    return storage.stat(MANIFEST) is not None
+
+
+def file_entry(place: Place, name: str) -> Entry:
+    """Return the manifest's entry of a file that is there, read piece by piece.
+
+    Raises:
+        OSError: it is not there, or cannot be read.
+        CorruptStoreError: it is no regular file.
+    """
+    digest = hashlib.sha256()
+    with storage_at(place).open(name) as reader:
+        for data in reader.pieces():
+            digest.update(data)
+        return Entry(sha256=digest.hexdigest(), n_bytes=reader.n_bytes, name=name)
+
+
+def files_of(place: Place) -> set[str]:
+    """Return the names of all files of a store, unfinished ones included."""
+    storage = storage_at(place)
+    return {*storage.list(), *storage.leftovers()}
