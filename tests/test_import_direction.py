@@ -1,14 +1,20 @@
-"""Imports point one way, cli → pipeline, adaptors → stores; and what a part must not import stays out of it."""
+"""Imports point one way, cli → workflows → pipeline, adaptors → stores, and so do those between the folders of a room.
+
+What a room, or a folder of one, must not import stays out of it: torch out of `stores`, timm and images out of
+`adaptors`, input and output out of `stores/format`.
+"""
 
 import ast
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "coldtap"
+from scripts.import_graph import LEVELS, graph, sources_of_folder
+from tests.helpers.places import ROOT
+
+PACKAGE = ROOT / "coldtap"
 
 # For each part, the parts it may import besides itself.
 ALLOWED_PARTS = {
@@ -26,6 +32,28 @@ BANNED_LIBRARIES = {
     "adaptors": {"timm", "torchvision", "PIL"},
     "stores": {"torch", "timm", "torchvision"},
 }
+
+
+# What reads or writes, or finds out where it runs: `stores/format` turns bytes into meaning and back, and no more.
+IO_MODULES = {"os", "pathlib", "shutil", "mmap", "fcntl", "tempfile", "socket", "subprocess", "glob", "stat", "urllib"}
+
+
+def io_of_format(source: str) -> list[str]:
+    """Return one line for each import or call of a module of `stores/format` that does input or output."""
+    tree = ast.parse(source)
+    found = [
+        f"line {line}: imports {name}"
+        for line, name in imported_names(tree)
+        if name.partition(".")[0] in IO_MODULES
+        or (name.startswith("coldtap.stores.") and name.split(".")[2] != "format")
+    ]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {"open", "print", "input"}
+    return found + [
+        f"line {call.lineno}: calls {call.func.id}"
+        for call in calls
+        if isinstance(call.func, ast.Name) and call.func.id in names
+    ]
 
 
 def imported_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -135,3 +163,66 @@ def test_stores_work_in_a_process_without_torch():
 def test_adaptors_work_in_a_process_without_timm():
     loaded = modules_after(IMPORT_ALL.format(part="adaptors"))
     assert not loaded & {"timm", "torchvision"}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_folder_imports_in_a_circle(level):
+    whole = graph(sources_of_folder(ROOT), level)
+    assert len(whole.boxes) > 5
+    assert whole.circles() == []
+
+
+@pytest.mark.parametrize(
+    ("level", "module", "source", "circle"),
+    [
+        (1, "coldtap.stores.reading.new", "from coldtap.workflows.predict import Predictor", ["stores", "workflows"]),
+        (2, "coldtap.stores.format.new", "import coldtap.stores.reading.store", ["stores/format", "stores/reading"]),
+        (
+            2,
+            "coldtap.stores.storage.new",
+            "def f():\n    from coldtap.stores.writing import writer",
+            ["stores/storage"],
+        ),
+        (2, "coldtap.adaptors.data.new", "from coldtap.adaptors.training import loop", ["adaptors/data"]),
+    ],
+)
+def test_a_planted_circle_is_found(level, module, source, circle):
+    found = graph({**sources_of_folder(ROOT), module: source}, level).circles()
+    assert len(found) == 1
+    assert {*circle} <= {*found[0]}
+
+
+def test_the_hall_imports_no_room():
+    whole = graph(sources_of_folder(ROOT), 1)
+    assert not [arrow for arrow in whole.arrows if arrow[0] in HALL and arrow[1] not in HALL]
+
+
+def test_of_the_library_only_workflows_joins_pipeline_and_adaptors():
+    arrows = graph(sources_of_folder(ROOT), 1).arrows
+    joins = {start for start, end in arrows if end == "pipeline"} & {
+        start for start, end in arrows if end == "adaptors"
+    }
+    assert joins == {"workflows", "cli", "__init__"}  # the face names the verbs of all rooms, and loads none
+    assert not [start for start, end in arrows if end == "cli"]
+
+
+def test_the_format_does_no_input_or_output():
+    modules = sorted((PACKAGE / "stores" / "format").glob("*.py"))
+    assert len(modules) > 10
+    found = {path.name: io_of_format(path.read_text(encoding="utf-8")) for path in modules}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os",
+        "from pathlib import Path",
+        "from coldtap.stores.storage.local import LocalStorage",
+        "from coldtap.stores.reading.store import open_store",
+        "def f():\n    return open('x')",
+    ],
+)
+def test_planted_input_and_output_is_caught(source):
+    assert len(io_of_format(source)) == 1
+    assert io_of_format("import io, zarr, numpy\nfrom coldtap.stores.format.codes import encode") == []
