@@ -100,7 +100,7 @@ def run_protocol(
         raise OptionError(f"protocol={protocol}: it must be one of {', '.join(PROTOCOLS)}")
     if "test" not in store.splits:
         raise SourceError(
-            f"{store.storage} has no test split, which a protocol ends with: cache again with --split all"
+            f"{store.storage} has no test split, which a protocol ends with: cache again with `split='all'`"
         )
     two_stages = protocol == "vtab"
     if two_stages and (training.patience is not None or any("patience" in trial for trial in trials)):

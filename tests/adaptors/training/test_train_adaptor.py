@@ -311,7 +311,7 @@ def test_another_run_is_not_overwritten(store, tmp_path):
 def test_another_store_is_another_run(store, tmp_path):
     train(store, tmp_path / "run", epochs=1)
     other = toy(tmp_path / "other", noise=0.6)
-    with pytest.raises(RunError, match=r"store_digest: [0-9a-f]{64} → [0-9a-f]{64}\. Choose another --out"):
+    with pytest.raises(RunError, match=r"store_digest: [0-9a-f]{64} → [0-9a-f]{64}\. Choose another `out`"):
         train(other, tmp_path / "run", epochs=1)
 
 
