@@ -70,7 +70,8 @@ def test_targets_without_a_pattern_are_not_learnt(tmp_path):
     rng = np.random.default_rng(1)
     path = toy(tmp_path / "s", noise=1e-3, targets=[0] * 88)
     store = open_store(path)
-    store._targets["label"] = Targets(values=rng.integers(0, 3, 88), class_names=("ant", "bee", "cat"), order=None)
+    targets = Targets(values=rng.integers(0, 3, 88), class_names=("ant", "bee", "cat"), order=None)
+    store._labels._tables["label"] = targets
     result = train(store, tmp_path / "run")
     assert result.info.metrics["test"].score < 0.7
 
