@@ -125,3 +125,14 @@ def test_workers_need_the_cluster_before_anything_starts(tmp_path, monkeypatch):
     with pytest.raises(MissingExtraError, match=r"`workers=2` needs distributed: pip install 'coldtap\[cluster\]'"):
         package.cache_features(tmp_path / "no-photos", tmp_path / "store", workers=2)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adaptors_without_torch_say_which_extra_brings_it():
+    code = (
+        "import sys; sys.modules['torch'] = None  # as good as not installed\n"
+        "from coldtap.errors import MissingExtraError\n"
+        "try: from coldtap.adaptors import train_trials\n"
+        "except MissingExtraError as error: print(error)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "coldtap.adaptors needs torch: pip install 'coldtap[train]'\n"

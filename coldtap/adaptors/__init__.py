@@ -1,5 +1,13 @@
 """Small trainable networks that read stored tensors only: LAST, MIST, probes and their rivals. Imports no timm."""
 
+from importlib.util import find_spec
+
+from coldtap.errors import MissingExtraError
+
+# Only torch: what else `coldtap[train]` brings is asked for by the trainings that need it.
+if find_spec("torch") is None:
+    raise MissingExtraError("coldtap.adaptors needs torch: pip install 'coldtap[train]'")
+
 from coldtap.adaptors.data.batches import Batch, FeatureBatches
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.networks.kinds import ADAPTORS

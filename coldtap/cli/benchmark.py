@@ -50,7 +50,7 @@ def benchmark(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds of each result.")] = 3,
     epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
     weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
     model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
     checkpoint: Checkpoint = None,

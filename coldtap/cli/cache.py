@@ -61,9 +61,9 @@ def cache_features(
         list[str] | None, typer.Option(help="train, val or test; repeat it for several. Default: all.")
     ] = None,
     views: Annotated[int, typer.Option(help="Augmented views of each training image, beside the plain one.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Images a forward pass. Default: chosen by size.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass. Default: chosen by size.")] = None,
     device: Device = "auto",
-    decode_threads: Annotated[int | None, typer.Option(help="Of all workers together. Default: one a core.")] = None,
+    decode_threads: Annotated[int | None, typer.Option(help="Of all workers together. Default: one per core.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that extract; the store's bytes do not depend on it.")] = 1,
     on_bad_image: Annotated[str, typer.Option(help="reject (the row is left out and listed) or fail.")] = "reject",
     max_rejected: Annotated[float, typer.Option(help="Share of samples beyond which the run fails.")] = 0.01,

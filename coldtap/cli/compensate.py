@@ -28,7 +28,7 @@ def compensate(
     max_rows: Annotated[int | None, typer.Option(help="Use so many rows that both have. Default: all.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fit two numbers a channel that bring the features of STORE near to float ones, and record them in STORE.
+    """Fit two numbers per channel that bring the features of STORE near to float ones, and record them in STORE.
 
     No feature is touched. `train-adaptor --compensation` and `coldtap evaluate --compensation` apply them.
     """

@@ -1,7 +1,8 @@
 """Texts of the library, which names its parameters in backticks, in the words of the command line.
 
-`` `tier='int9'` `` becomes `--tier int9`, and `` `max_error` `` becomes `--max-error`. Flags are those of the command
-that runs; what it does not have is looked up in the others, since advice may be about another command.
+`` `tier='int9'` `` becomes `--tier int9`, `` `max_error` `` becomes `--max-error`, and an entry of a mapping,
+`` `settings['tap']=3` ``, becomes `--set tap=3`. Flags are those of the command that runs; what it does not have is
+looked up in the others, since advice may be about another command.
 """
 
 import ast
@@ -19,7 +20,8 @@ OTHERWISE_CALLED = {
     "names": "sets",
 }
 
-PARAMETER = re.compile(r"""`([a-z_]+)(?:=('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^`'"\s]+))?`""")
+TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+PARAMETER = re.compile(rf"""`([a-z_]+)(?:\[({TEXT})\])?(?:=({TEXT}|[^`'"\s]+))?`""")
 
 _flags: ContextVar[Callable[[], Mapping[str, str]]] = ContextVar("_flags", default=dict)
 
@@ -49,11 +51,16 @@ def in_flags(text: str) -> str:
     flags = _flags.get()() if "`" in text else {}
 
     def flag(found: re.Match[str]) -> str:
-        name, value = found.groups()
+        name, key, value = found.groups()
         if name not in flags:
             return found[0]
-        if value is None or value == "True":
-            return flags[name]
-        return f"{flags[name]} {ast.literal_eval(value) if value[0] in '\'"' else value}"
+        shown = "" if value is None or (value == "True" and not key) else f"={_as_typed(value)}"
+        if key:
+            return f"{flags[name]} {_as_typed(key)}{shown}"
+        return f"{flags[name]} {shown[1:]}" if shown else flags[name]
 
     return PARAMETER.sub(flag, text)
+
+
+def _as_typed(value: str) -> str:
+    return str(ast.literal_eval(value)) if value[0] in "'\"" else value

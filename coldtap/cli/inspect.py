@@ -51,7 +51,7 @@ def _lines(about: dict[str, Any]) -> list[str]:
         f"{prep['crop_pct']}, mean {prep['mean']}, std {prep['std']}",
         f"source     {recorded['source']}  views {rows['views']}, seed {rows['seed']}",
         f"made on    {', '.join(f'{k} {v}' for k, v in recorded['environment'].items())}",
-        f"encoding   {encoding['tier']}, {encoding['layout']}, {encoding['block_rows']} rows a block",
+        f"encoding   {encoding['tier']}, {encoding['layout']}, {encoding['block_rows']} rows per block",
     ]
     if "converted_from" in recorded:
         lines.append(f"converted  {_origin(about)}")
@@ -118,7 +118,7 @@ def _array_lines(array: dict[str, Any]) -> list[str]:
     shape = ", ".join(f"{name} {n}" for name, n in zip(array["dimensions"], array["shape"], strict=True))
     lines = [
         f"{array['name']}  ({shape})  {array['tier']}{', compact' if array['layout'] == 'compact' else ''}  "
-        f"{show_bytes(array['bytes_per_row'])} a row, {show_bytes(array['n_bytes'])}"
+        f"{show_bytes(array['bytes_per_row'])} per row, {show_bytes(array['n_bytes'])}"
     ]
     if "bound" in array:
         lines.append(

@@ -29,10 +29,10 @@ def predict(
     ] = None,
     split: Annotated[str | None, typer.Option(help="train, val or test. Default: all images.")] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file. Default: standard output.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Images a forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
     device: Device = "auto",
 ) -> None:
-    """Run backbone and adaptor on new images: one CSV line an image, and the accuracy where classes are known.
+    """Run backbone and adaptor on new images: one CSV line per image, and the accuracy where classes are known.
 
     Where images have several labels, those likelier than not are given, with | between them.
 

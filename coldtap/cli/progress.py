@@ -17,7 +17,7 @@ from coldtap.text import show_bytes, show_seconds
 
 PLAIN_LINE_EVERY_S = 10.0
 
-type Show = Callable[[int, float], str]  # what is done, and how much of it a second
+type Show = Callable[[int, float], str]  # what is done, and how much of it per second
 
 
 class WorkProgress:
@@ -80,7 +80,7 @@ class JobProgress(WorkProgress):
     """Notes, the forecast and the rows done of a job that writes a store."""
 
     def __init__(self, unit: str = "images") -> None:
-        """Rates are given in `unit` a second."""
+        """Rates are given in `unit` per second."""
         super().__init__()
         self._unit = unit
 

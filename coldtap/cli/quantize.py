@@ -33,7 +33,9 @@ def quantize(
     scheme: Scheme = "w8a8",
     compensate: Annotated[
         str,
-        typer.Option(help="cwac (two numbers a channel, folded away), qwt (a matrix a block, run beside it) or none."),
+        typer.Option(
+            help="cwac (two numbers per channel, folded away), qwt (a matrix per block, run beside it) or none."
+        ),
     ] = "cwac",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,

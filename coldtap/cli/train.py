@@ -23,7 +23,7 @@ def train_adaptor(
     out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with; of trials, their folder.")],
     epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the adaptor's own.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples a step.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
     weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.0,

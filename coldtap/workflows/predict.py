@@ -59,7 +59,7 @@ class Predictor:
         adaptor, info = load_adaptor(run)
         if info.target_kind == "token-class":
             raise OptionError(
-                f"{run} answers for each token of an image, and predict writes one line an image: use load_adaptor "
+                f"{run} answers for each token of an image, and predict writes one line per image: use load_adaptor "
                 "in Python"
             )
         extractor = info.extractor

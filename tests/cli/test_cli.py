@@ -248,11 +248,11 @@ def test_inspect_shows_recipe_splits_labels_arrays_and_ranges(store):
         "backbone   coldtap/vit-reference  (float32, weights ",
         "input      32 × 32, bicubic, squash crop 1.0",
         "views 1, seed 0",
-        "encoding   float16, fast, 512 rows a block",
+        "encoding   float16, fast, 512 rows per block",
         "norm       layer_norm",
         "train        16 samples + 16 augmented rows   2 classes: day 8, night 8",
         "test          8 samples   2 classes: day 4, night 4",
-        "layers/g8x8-p1-c192  (row 2048, tap 2, token 65, channel 192)  float16  49.9 kB a row",
+        "layers/g8x8-p1-c192  (row 2048, tap 2, token 65, channel 192)  float16  49.9 kB per row",
         "tap   9 ",
     ):
         assert text in result.stdout
@@ -313,7 +313,9 @@ def test_inspect_of_codes_shows_their_bound_their_size_and_what_was_measured(cod
         assert array["escaped_share"] == array["escapes"] / n_values
         size = f"{array['bits_per_value']:.2f} bits a value on disk; {array['escapes']} escapes"
         assert f"    30 dB in every channel; {size}" in result.stdout
-    assert "layers/g8x8-p1-c192  (row 1536, tap 2, token 65, channel 192)  int8, compact  25 kB a row" in result.stdout
+    assert (
+        "layers/g8x8-p1-c192  (row 1536, tap 2, token 65, channel 192)  int8, compact  25 kB per row" in result.stdout
+    )
     lines = [line for line in result.stdout.splitlines() if line.startswith("    tap")]
     assert len(lines) == 3
     for line, errors in zip(lines, [*layers["errors"], *total["errors"]], strict=True):

@@ -111,7 +111,7 @@ def test_a_run_into_a_store_is_refused_and_the_store_stays_whole(tmp_path):
 
 def test_one_geometry_does_not_make_stages_a_stream(tmp_path):
     options = {"model": "mixer_s32_224", "random_weights": True, "preprocess": {"input_size": 64}}
-    with pytest.raises(OptionError, match="--gather sum needs taps of one geometry, z0 … zN"):
+    with pytest.raises(OptionError, match="`gather='sum'` needs taps of one geometry, z0 … zN"):
         cache_features(in_memory(train=4, val=2), tmp_path / "s", gather=["sum"], **options)
     report = cache_features(in_memory(train=4, val=2), tmp_path / "s", taps="last:1", **options)
     assert report.n_rows == 6

@@ -314,8 +314,8 @@ def test_what_a_store_cannot_give_ends_one_cell(folder, tmp_path):
     )
     linear, mist, last = cells(tmp_path)
     assert linear["mean"]
-    assert "use --adaptor linear, or a ViT backbone" in mist["failure"]  # such a network has no sum to cache either
-    assert "use --adaptor linear, or a ViT backbone" in last["failure"]
+    assert "use `adaptor='linear'`, or a ViT backbone" in mist["failure"]  # such a network has no sum to cache either
+    assert "use `adaptor='linear'`, or a ViT backbone" in last["failure"]
     assert result.exit_code == 5
 
 

@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
     if kind != "cuda" or not (index.isdecimal() or name == "cuda"):
         raise OptionError(f"device={name}: it must be auto, cpu, cuda or cuda:N")
     if int(index or 0) >= found:
-        raise MachineError(f"device={name}: torch finds {found} GPUs on this machine: use --device cpu or auto")
+        raise MachineError(f"device={name}: torch finds {found} GPUs on this machine: use `device='cpu'` or auto")
     return torch.device("cuda", int(index or 0))
 
 

@@ -31,10 +31,10 @@ def find_tap(store: Store, tap: int, gathers: Sequence[GatherName], *, adaptor: 
     held = sorted({tap for array in arrays for tap in array.taps})
     # All taps of `pooled` are still 1 % of the bytes; of `layers` one tap is a tenth of all.
     taps = "all" if GATHERS[gathers[0]].has_patch_mean or not 0 <= wanted <= store.depth else wanted
+    choose = f", there with taps {held}: choose with `settings['tap']=N`, or" if held else ":"
     raise MissingFeaturesError(
         f"{adaptor} needs tap {tap} in {' or '.join(f'`{gather}`' for gather in gathers)}; {store.storage} holds "
-        f"{describe_gathers(store)}{f', there with taps {held}: choose with --set tap=N, or' if held else ':'} "
-        f"cache again with --gather {gathers[0]} --taps {taps}"
+        f"{describe_gathers(store)}{choose} cache again with `gather={gathers[0]!r}` and `taps={str(taps)!r}`"
     )
 
 
@@ -59,7 +59,7 @@ def find_every(store: Store, gap: int, *, adaptor: str, first: int = 0) -> Featu
     if not layers:
         raise MissingFeaturesError(
             f"{adaptor} needs `layers`; {store.storage} holds {describe_gathers(store)}: cache again with "
-            "--gather layers"
+            "`gather='layers'`"
         )
     if store.depth % gap:
         raise OptionError(f"gap={gap} does not divide the backbone's depth of {store.depth} blocks")
@@ -67,6 +67,6 @@ def find_every(store: Store, gap: int, *, adaptor: str, first: int = 0) -> Featu
     if missing := sorted(set(taps) - set(layers[0].taps)):
         raise MissingFeaturesError(
             f"{adaptor} with gap={gap} needs taps {list(taps)}; {store.storage} lacks {missing} in `layers`: "
-            "cache again with --gather layers --taps all"
+            "cache again with `gather='layers'` and `taps='all'`"
         )
     return spec_of(store, layers[0], taps)

@@ -146,7 +146,7 @@ def refuse_stage_network(store: Store, *, adaptor: str) -> None:
     if len({tap.geometry for tap in taps}) > 1 or any(tap.name.startswith("stage") for tap in taps):
         raise MissingFeaturesError(
             f"{adaptor} needs taps of one geometry, z0 … zN; {store.storage} holds the stages of a stage network "
-            f"({store.recipe.extractor.architecture}): use --adaptor linear, or a ViT backbone"
+            f"({store.recipe.extractor.architecture}): use `adaptor='linear'`, or a ViT backbone"
         )
 
 

@@ -123,7 +123,7 @@ def plan_head2toe(store: Store, options: Head2ToeOptions) -> tuple[FeatureSpec, 
     if not pooled:
         raise MissingFeaturesError(
             f"head2toe needs `pooled`; {store.storage} holds {describe_gathers(store)}: "
-            "cache again with --gather pooled --taps all"
+            "cache again with `gather='pooled'` and `taps='all'`"
         )
     return spec_of(store, pooled[0], tuple(pooled[0].taps)), options
 

@@ -85,7 +85,7 @@ def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOpti
     sums = arrays_of(store, "sum")
     if not sums:
         raise MissingFeaturesError(
-            f"MIST needs `sum`; {store.storage} holds {describe_gathers(store)}: cache again with --gather sum"
+            f"MIST needs `sum`; {store.storage} holds {describe_gathers(store)}: cache again with `gather='sum'`"
         )
     at = options.at if options.at >= 0 else store.depth + 1 + options.at
     found = [array for array in sums if array.taps == (at,)]
@@ -93,7 +93,7 @@ def plan_mist(store: Store, options: MistOptions) -> tuple[FeatureSpec, MistOpti
         held = sorted(array.taps[0] for array in sums)
         raise MissingFeaturesError(
             f"MIST needs the sum at tap {at}; {store.storage} holds sums at {', '.join(map(str, held))}: "
-            f"choose with --set at=N, or cache again with --sum-at {at}"
+            f"choose with `settings['at']=N`, or cache again with `sum_at='{at}'`"
         )
     spec = spec_of(store, found[0], (at,))
     # The backbone's norm was trained for z_N; a normalised sum has other channel means, so it gets its own norm.

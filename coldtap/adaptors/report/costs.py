@@ -29,7 +29,7 @@ class Cost:
 COSTS = (
     Cost(title="Training time", label="seconds of training", of=lambda run: run.seconds, show=show_seconds),
     Cost(title="Size", label="trainable parameters", of=lambda run: float(run.parameters), show=show_count),
-    Cost(title="Reading", label="bytes read a sample", of=lambda run: run.bytes_per_sample, show=show_bytes),
+    Cost(title="Reading", label="bytes read per sample", of=lambda run: run.bytes_per_sample, show=show_bytes),
 )
 
 

@@ -63,7 +63,7 @@ def read_report(paths: Sequence[Path]) -> Report:
 def _nothing(paths: Sequence[Path], unfinished: Sequence[Unfinished]) -> str:
     also = f"; {len(unfinished)} are not: first {unfinished[0].folder}: {unfinished[0].reason}" if unfinished else ""
     where = ", ".join(map(str, paths))
-    return f"no finished run at or below {where}{also}. Train one with `train-adaptor STORE --out RUN`"
+    return f"no finished run at or below {where}{also}. Train one with `train-adaptor`"
 
 
 def _read(folder: Path, *, is_given: bool) -> RunInfo | _NoEnd:

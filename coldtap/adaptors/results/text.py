@@ -3,7 +3,7 @@
 from coldtap.adaptors.results.table import Cell, ResultTable, Row, Score
 from coldtap.text import text_table
 
-DETAILS = ("dataset", "adaptor", "chosen on val", "val, %", "parameters", "bytes a sample", "training, s")
+DETAILS = ("dataset", "adaptor", "chosen on val", "val, %", "parameters", "bytes per sample", "training, s")
 
 
 def table_text(table: ResultTable) -> str:

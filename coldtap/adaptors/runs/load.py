@@ -51,7 +51,7 @@ def load_run(folder: str | Path) -> LoadedRun:
     folder = Path(folder)
     info = read_run(folder)
     if info is None:
-        raise RunError(f"there is no finished run at {folder}: make one with `train-adaptor STORE --out {folder}`")
+        raise RunError(f"there is no finished run at {folder}: make one with `train-adaptor`")
     data = _read(folder / ADAPTOR, info.adaptor_sha256)
     module = build_adaptor(info)
     try:
@@ -70,16 +70,16 @@ def _maps(path: Path, info: RunInfo) -> TapMaps | None:
     try:
         return parse_maps(data)
     except (SafetensorError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): train again into another --out") from error
+        raise RunError(f"{path} is damaged ({error!r}): train again into another `out`") from error
 
 
 def _read(path: Path, digest: str) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): train again into another --out") from error
+        raise RunError(f"{path} cannot be read ({error.strerror}): train again into another `out`") from error
     if sha256(data) != digest:
-        raise RunError(f"{path} is not what run.json says, so it is damaged: train again into another --out")
+        raise RunError(f"{path} is not what run.json says, so it is damaged: train again into another `out`")
     return data
 
 

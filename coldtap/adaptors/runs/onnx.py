@@ -18,7 +18,8 @@ from torch import nn
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.runs.load import load_adaptor
 from coldtap.adaptors.runs.record import RunInfo
-from coldtap.errors import MachineError, OptionError, RunError
+from coldtap.errors import OptionError, RunError
+from coldtap.extras import require_extra
 from coldtap.stores.format.canonical import canonical_json
 from coldtap.stores.storage.atomic import write_file
 from coldtap.version import __version__
@@ -66,12 +67,13 @@ def export_onnx(run: str | Path, out: str | Path | None = None) -> OnnxExport:
     Raises:
         RunError: The run cannot be read, its network cannot be exported, or `out` holds something else.
         OptionError: `out` is a folder.
-        MachineError: A package of `coldtap[onnx]` is not installed, or the disk is full, read-only or refuses.
+        MissingExtraError: A package of `coldtap[onnx]` is not installed.
+        MachineError: The disk is full, read-only or refuses.
     """
     path = Path(run) / FILE_NAME if out is None else Path(out)
     if path.is_dir():
-        raise OptionError(f"--out {path} is a folder: give a file, such as {path / FILE_NAME}")
-    _require_packages()
+        raise OptionError(f"`out={str(path)!r}` is a folder: give a file, such as {path / FILE_NAME}")
+    require_extra("onnx", for_="export")
     module, info = load_adaptor(run)
     data = onnx_bytes(module, info.features, metadata_of(info))
     agreement = compare_logits(module, data, info.features)
@@ -79,7 +81,7 @@ def export_onnx(run: str | Path, out: str | Path | None = None) -> OnnxExport:
     if not was_there:
         write_file(path, [data])
     elif path.read_bytes() != data:
-        raise RunError(f"{path} is there already and holds something else: choose another --out, or delete it")
+        raise RunError(f"{path} is there already and holds something else: choose another `out`, or delete it")
     return OnnxExport(path=path, n_bytes=len(data), info=info, agreement=agreement, was_there=was_there)
 
 
@@ -165,12 +167,6 @@ def compare_logits(module: nn.Module, data: bytes, features: FeatureSpec) -> Agr
             f"{largest:.3g}; nothing was written"
         )
     return Agreement(largest_difference=difference, largest_logit=largest)
-
-
-def _require_packages() -> None:
-    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MachineError(f"export needs {' and '.join(missing)}: pip install 'coldtap[onnx]'")
 
 
 def _remove_traces(graph: Any) -> None:

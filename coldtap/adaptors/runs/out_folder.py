@@ -19,12 +19,12 @@ def make_folder(out: Path) -> None:
         MachineError: It cannot be made.
     """
     if (out / RECIPE).exists():
-        raise RunError(f"--out {out} is a store: choose a folder of its own for the run")
+        raise RunError(f"`out={str(out)!r}` is a store: choose a folder of its own for the run")
     try:
         with machine_errors(out):
             out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise RunError(f"--out {out} is a file, or lies in one: choose a folder") from error
+        raise RunError(f"`out={str(out)!r}` is a file, or lies in one: choose a folder") from error
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def sole_writer(out: Path) -> Iterator[None]:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(folder)
-        raise RunError(f"another training writes into {out}: wait for it, stop it, or choose another --out") from None
+        raise RunError(f"another training writes into {out}: wait for it, stop it, or choose another `out`") from None
     try:
         yield
     finally:

@@ -105,7 +105,7 @@ class Predictions:
         if name not in self.splits:
             there = ", ".join(self.splits) or "no split"
             raise RunError(
-                f"{PREDICTIONS} has no predictions of {name}, only of {there}: train again into another --out"
+                f"{PREDICTIONS} has no predictions of {name}, only of {there}: train again into another `out`"
             )
         return self.splits[name]
 
@@ -128,9 +128,9 @@ def read_predictions(folder: Path) -> Predictions | None:
         return None
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise RunError(f"{path} cannot be read ({reason}): train again into another --out") from error
+        raise RunError(f"{path} cannot be read ({reason}): train again into another `out`") from error
     if problem := _problem(table, kind):
-        raise RunError(f"{path} is damaged ({problem}): train again into another --out")
+        raise RunError(f"{path} is damaged ({problem}): train again into another `out`")
     names = table["split"].unique().to_pylist()
     return Predictions(kind=kind, splits={split: _split(table, kind, split) for split in names})
 

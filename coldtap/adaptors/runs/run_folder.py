@@ -68,11 +68,11 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): train again into another --out") from error
+        raise RunError(f"{path} is damaged ({error!r}): train again into another `out`") from error
     if found not in READABLE:
         raise RunError(
             f"{path} is of run format {found!r}; this coldtap reads formats 1 to {FORMAT}: use the coldtap that "
-            "wrote it, or train again into another --out"
+            "wrote it, or train again into another `out`"
         )
     return dict(record)
 
@@ -81,7 +81,7 @@ def _parsed[T](path: Path, parse: Callable[[Mapping[str, Any]], T], record: Mapp
     try:
         return parse(record)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): train again into another --out") from error
+        raise RunError(f"{path} is damaged ({error!r}): train again into another `out`") from error
 
 
 def write_run(
@@ -133,7 +133,7 @@ def read_epochs(folder: Path) -> tuple[EpochRecord, ...]:
         with path.open(newline="", encoding="utf-8") as file:
             return tuple(_epoch(line) for line in csv.DictReader(file))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}): train again into another --out") from error
+        raise RunError(f"{path} cannot be read ({error}): train again into another `out`") from error
 
 
 def _epoch(line: Mapping[str, str]) -> EpochRecord:

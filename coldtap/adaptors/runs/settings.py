@@ -72,5 +72,5 @@ def require_equal(old: RunSettings, new: RunSettings, out: Path) -> None:
     """
     if different := old.differences(new):
         raise RunError(
-            f"{out} holds a run of other settings: {'; '.join(different)}. Choose another --out, or delete it"
+            f"{out} holds a run of other settings: {'; '.join(different)}. Choose another `out`, or delete it"
         )

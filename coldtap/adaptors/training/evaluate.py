@@ -118,7 +118,7 @@ def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bo
     if fields and not across_quantisation:
         raise StoreError(
             f"{store.storage} is of another extractor than {run} was trained on: {'; '.join(fields)}: with "
-            "--across-quantisation the run is evaluated all the same"
+            "`across_quantisation=True` the run is evaluated all the same"
         )
     return fields
 
@@ -130,7 +130,7 @@ def _require_features(run: Path, info: RunInfo, store: Store) -> None:
     if array is None or not {*features.taps} <= {*array.taps}:
         raise MissingFeaturesError(
             f"{run} reads {features.array} of taps {list(features.taps)}; {store.storage} does not hold them: cache "
-            f"again with --gather {features.gather}"
+            f"again with `gather={features.gather!r}`"
         )
     if (kind := store.target_kind(target)) != info.target_kind:
         raise StoreError(f"{store.storage} has targets {target!r} of kind {kind}; {run} has learnt {info.target_kind}")

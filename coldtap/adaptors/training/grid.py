@@ -35,7 +35,7 @@ def expand_grid(grid: Mapping[str, Sequence[object]]) -> list[dict[str, object]]
     """
     for name, values in grid.items():
         if not values:
-            raise OptionError(f"--grid {name}: give at least one value, as in {name}=1,2")
+            raise OptionError(f"`grid[{name!r}]`: give at least one value, as in {name}=1,2")
     return [dict(zip(grid, chosen, strict=True)) for chosen in product(*grid.values())]
 
 
@@ -85,7 +85,9 @@ def trial_options(
 def _parsed(adaptor: str, options_type: type[Any], name: str, value: object, options: Mapping[str, object]) -> object:
     known = {*option_defaults(options_type), *TRAINING_KEYS}
     if name not in known:
-        raise OptionError(f"--grid {name}: adaptor {adaptor} has no such setting; it knows {', '.join(sorted(known))}")
+        raise OptionError(
+            f"`grid[{name!r}]`: adaptor {adaptor} has no such setting; it knows {', '.join(sorted(known))}"
+        )
     if name in options:
         raise OptionError(f"{name} is given twice, for all trials and for one: leave one out")
     if name in TRAINING_KEYS:

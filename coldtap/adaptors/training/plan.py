@@ -137,7 +137,7 @@ def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:
         raise OptionError(
             f"the targets {target!r} are of a grid of {grid[0]} × {grid[1]} tokens, the features of tap "
             f"{features.taps[-1]} of one of {features.geometry.grid[0]} × {features.geometry.grid[1]}: choose another "
-            "tap with --set tap=N, or give targets of this grid"
+            "tap with `settings['tap']=N`, or give targets of this grid"
         )
 
 
@@ -150,14 +150,14 @@ def _for_target(
     if not a_token:
         if asked == "tokens":
             raise OptionError(
-                f"pool=tokens answers for each token; the targets {target!r} are one a sample: leave it out"
+                f"pool=tokens answers for each token; the targets {target!r} are one per sample: leave it out"
             )
         return settings
     if "pool" not in option_defaults(kind.options):
         raise OptionError(
-            f"adaptor {kind.name} answers once a sample, and the targets {target!r} are one a token: "
+            f"adaptor {kind.name} answers once per sample, and the targets {target!r} are one per token: "
             "use linear, mist, ladder or last"
         )
     if asked not in (None, "tokens"):
-        raise OptionError(f"pool={asked}: the targets {target!r} are one a token: use pool=tokens, or leave it out")
+        raise OptionError(f"pool={asked}: the targets {target!r} are one per token: use pool=tokens, or leave it out")
     return {**settings, "pool": "tokens"}

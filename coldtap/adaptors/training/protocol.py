@@ -99,9 +99,7 @@ def run_protocol(
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol={protocol}: it must be one of {', '.join(PROTOCOLS)}")
     if "test" not in store.splits:
-        raise SourceError(
-            f"{store.storage} has no test split, which a protocol ends with: cache again with --split all"
-        )
+        raise SourceError(f"{store.storage} has no test split, which a protocol ends with: cache again without `split`")
     two_stages = protocol == "vtab"
     if two_stages and (training.patience is not None or any("patience" in trial for trial in trials)):
         raise OptionError(

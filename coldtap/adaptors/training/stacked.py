@@ -13,7 +13,7 @@ from coldtap.adaptors.training.learner import Tensors, copy_to_cpu
 from coldtap.adaptors.training.optimizer import StackedAdamW, decays
 from coldtap.adaptors.training.plan import TrialPlan
 
-# On a CPU a stack saves calls and loses the cache. Measured (docs/log.md): features of more values a sample than this
+# On a CPU a stack saves calls and loses the cache. Measured (docs/log.md): features of more values per sample than this
 # are faster side by side.
 CPU_STACK_VALUES = 8192
 

@@ -17,7 +17,7 @@ def require_splits(store: Store, fit: Fit) -> None:
     for split, purpose in (("train", "to learn from"), ("val", use)):
         if split not in store.splits:
             raise SourceError(
-                f"{store.storage} has no {split} split {purpose}; it holds {held}: cache again with --split all"
+                f"{store.storage} has no {split} split {purpose}; it holds {held}: cache again without `split`"
             )
 
 

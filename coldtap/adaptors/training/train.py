@@ -128,7 +128,7 @@ def train_adaptor(
         checkpoint_every_s=checkpoint_every_s,
     )[0]
     if result.info is None:
-        raise RunError(f"{result.failure}, into another --out")
+        raise RunError(f"{result.failure}, into another `out`")
     if result.was_finished:
         remove_checkpoint(out)
     return RunResult(path=out, info=result.info, resumed_after=result.resumed_after, was_finished=result.was_finished)

@@ -93,7 +93,9 @@ def test_nothing_is_written(twins, runs):
 
 
 def test_another_quantisation_needs_leave_and_is_told(twins, runs):
-    with pytest.raises(StoreError, match=r"quantisation: None → \{.*w6a6.*: with --across-quantisation the run is"):
+    with pytest.raises(
+        StoreError, match=r"quantisation: None → \{.*w6a6.*: with `across_quantisation=True` the run is"
+    ):
         evaluate(runs / "float", twins.store)
     told = []
     found = evaluate(runs / "float", twins.store, across_quantisation=True, note=told.append)
@@ -147,7 +149,7 @@ def test_another_backbone_is_refused_by_its_fields(tmp_path, runs, across):
 def test_features_that_the_store_lacks_are_named(tmp_path, runs):
     needed = read_run(runs / "float").features
     other = make_twins(tmp_path, extractor=FLOAT_FIELDS, gathers={"layers": [0, 1], "sum": [2]})
-    message = rf"reads {needed.array} of taps \[2\]; .* does not hold them: cache again with --gather {needed.gather}"
+    message = rf"reads {needed.array} of taps \[2\]; .* does not hold them: cache again with `gather='{needed.gather}'`"
     with pytest.raises(MissingFeaturesError, match=message):
         evaluate(runs / "float", other.store)
 

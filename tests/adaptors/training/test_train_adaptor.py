@@ -70,7 +70,8 @@ def test_targets_without_a_pattern_are_not_learnt(tmp_path):
     rng = np.random.default_rng(1)
     path = toy(tmp_path / "s", noise=1e-3, targets=[0] * 88)
     store = open_store(path)
-    store._targets["label"] = Targets(values=rng.integers(0, 3, 88), class_names=("ant", "bee", "cat"), order=None)
+    targets = Targets(values=rng.integers(0, 3, 88), class_names=("ant", "bee", "cat"), order=None)
+    store._labels._tables["label"] = targets
     result = train(store, tmp_path / "run")
     assert result.info.metrics["test"].score < 0.7
 
@@ -311,7 +312,7 @@ def test_another_run_is_not_overwritten(store, tmp_path):
 def test_another_store_is_another_run(store, tmp_path):
     train(store, tmp_path / "run", epochs=1)
     other = toy(tmp_path / "other", noise=0.6)
-    with pytest.raises(RunError, match=r"store_digest: [0-9a-f]{64} → [0-9a-f]{64}\. Choose another --out"):
+    with pytest.raises(RunError, match=r"store_digest: [0-9a-f]{64} → [0-9a-f]{64}\. Choose another `out`"):
         train(other, tmp_path / "run", epochs=1)
 
 

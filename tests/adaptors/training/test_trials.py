@@ -499,12 +499,12 @@ def test_optuna_asks_and_is_told(store, tmp_path):
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        ({"rank": [4]}, r"--grid rank: adaptor linear has no such setting; it knows .*lr.*pool"),
+        ({"rank": [4]}, r"`grid\['rank'\]`: adaptor linear has no such setting; it knows .*lr.*pool"),
         ({"lr": ["fast"]}, r"lr=fast: it must be a number"),
         ({"epochs": [2.5]}, r"epochs=2.5: it must be a whole number"),
         ({"pool": ["middle"]}, r"pool=middle: it must be one of patch-mean"),
         ({"lr": [1e-3, "0.001"]}, r"the trial lr=0.001,seed=0 is asked for twice"),
-        ({"lr": []}, r"--grid lr: give at least one value"),
+        ({"lr": []}, r"`grid\['lr'\]`: give at least one value"),
         ({"lr": [-1]}, r"lr=-1.0: it must be above 0"),
         ({"patience": [0]}, r"patience=0: it must be 1 or more"),
         ({"tap": [9]}, r"linear needs tap 9"),

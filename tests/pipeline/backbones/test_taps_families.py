@@ -281,7 +281,7 @@ def test_a_name_and_a_checkpoint_give_the_same_features_as_the_module(tmp_path, 
 
 
 def test_sum_of_a_stage_network_is_refused_in_one_line_and_writes_nothing(tmp_path):
-    with pytest.raises(OptionError, match="--gather sum needs taps of one geometry") as refusal:
+    with pytest.raises(OptionError, match="`gather='sum'` needs taps of one geometry") as refusal:
         cache_features(
             source(),
             tmp_path / "store",

@@ -120,7 +120,7 @@ def error_of(job):
 
 def test_fewer_workers_than_one_is_an_option_error(tmp_path):
     for n_workers in (0, -1):
-        with pytest.raises(OptionError, match=f"--workers {n_workers}: give at least 1 process"):
+        with pytest.raises(OptionError, match=f"`workers={n_workers}`: give at least 1 process"):
             cache(in_memory(train=8, val=4), tmp_path / "s", workers=n_workers)
 
 
@@ -147,7 +147,7 @@ class Locked(TinyNet):
 
 
 def test_a_model_that_cannot_be_pickled_is_one_clear_error(tmp_path):
-    with pytest.raises(OptionError, match=r"--workers sends source and model .* cannot be pickled .*--workers 1"):
+    with pytest.raises(OptionError, match=r"`workers` sends source and model .* cannot be pickled .*`workers=1`"):
         cache(in_memory(train=8, val=4), tmp_path / "s", model=Locked(), workers=2)
     assert not (tmp_path / "s").exists()
 
@@ -160,7 +160,7 @@ class Broken:
 
 
 def test_a_source_that_cannot_be_made_anew_is_one_clear_error():
-    with pytest.raises(OptionError, match=r"cannot make source or model anew \(ValueError: .*or use --workers 1"):
+    with pytest.raises(OptionError, match=r"cannot make source or model anew \(ValueError: .*or use `workers=1`"):
         JobDescription.loads(pickle.dumps(Broken()))
 
 

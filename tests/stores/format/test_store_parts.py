@@ -120,7 +120,7 @@ def test_a_new_sample_moves_no_other_past_its_neighbour():
 
 
 def test_a_split_without_samples_is_refused():
-    with pytest.raises(OptionError, match="--split val: the source has no val images"):
+    with pytest.raises(OptionError, match="`split='val'`: the source has no val images"):
         RowPlan.of(["a"], ["train"], keep=["train", "val"], views=0, seed=0, block_rows=1)
 
 
@@ -213,7 +213,7 @@ def test_arrays_come_back_from_the_recipe():
 
 def test_only_codes_are_compressed():
     geometry = Geometry(grid=(2, 2), prefix_tokens=0, channels=4)
-    with pytest.raises(OptionError, match="--layout compact with --tier float16: lossless compression buys"):
+    with pytest.raises(OptionError, match="`layout='compact'` with `tier='float16'`: lossless compression buys"):
         plan_arrays({0: geometry}, {"layers": [0]}, "float16", "compact")
 
 
