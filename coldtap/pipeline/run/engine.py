@@ -24,6 +24,7 @@ from coldtap.pipeline.run.block_run import BlockRun
 from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
 from coldtap.stores.format.journal import JournalLine
+from coldtap.stores.writing.block import SpareBuffers
 from coldtap.version import __version__
 
 
@@ -80,6 +81,7 @@ class Engine:
                 backbone=self.backbone,
                 decoder=run.decoder,
                 writer=run.writer,
+                buffers=SpareBuffers(run.writer.new_buffers),
                 environment=run.environment,
                 fail_on_bad_image=run.fail_on_bad_image,
                 device=device,

@@ -34,6 +34,7 @@ from coldtap.stores.reading.stored_numbers import stored_numbers
 from coldtap.stores.storage.address import Place, overlap, place_of, storage_at
 from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.threads import few_at_once, usable_cores
+from coldtap.stores.writing.block import SpareBuffers
 from coldtap.stores.writing.forecast import Forecast, forecast, require_space
 from coldtap.stores.writing.reporting import Reporter, Silence
 from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
@@ -297,6 +298,7 @@ class _Work:
         job = Conversion(
             source=source,
             writer=writer,
+            buffers=SpareBuffers(writer.new_buffers),
             same_codes=self.plan.same_codes,
             environment={"converted_from": source.digest, "coldtap": __version__, "numpy": np.__version__},
             advance=self.told.advance,
