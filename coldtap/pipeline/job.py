@@ -39,8 +39,8 @@ from coldtap.stores.writing.writer import StoreWriter
 if TYPE_CHECKING:
     from torch import nn
 
-    from coldtap.pipeline.extract.calibrate import Calibration
     from coldtap.pipeline.run.engine import Engine
+    from coldtap.stores.writing.calibration import Calibration
 
 
 def cache_features(

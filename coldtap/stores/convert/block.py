@@ -13,10 +13,17 @@ from coldtap.stores.format.codes import Encoded, Escapes, Floats
 from coldtap.stores.format.journal import JournalLine, Rejection
 from coldtap.stores.reading.array import StoredArray
 from coldtap.stores.reading.store import Store
+from coldtap.stores.storage.threads import usable_cores
 from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers, SpareBuffers
 from coldtap.stores.writing.writer import StoreWriter
 
 PIECE_BYTES = 1 << 21  # float32 values that stay in the cache while they are encoded
+MAX_BLOCKS_AT_ONCE = 4  # each holds up to 256 MB
+
+
+def blocks_at_once() -> int:
+    """Return how many blocks are converted at a time, a thread each."""
+    return min(usable_cores(), MAX_BLOCKS_AT_ONCE)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from coldtap.errors import CorruptStoreError, InterruptedRunError, OptionError, StoreError, StoreLockedError
-from coldtap.stores.convert.block import Conversion, convert_block
+from coldtap.stores.convert.block import Conversion, blocks_at_once, convert_block
 from coldtap.stores.convert.rows import row_plan, sample_columns
-from coldtap.stores.convert.scales import Trial, try_first_rows
+from coldtap.stores.convert.scales import try_first_rows
 from coldtap.stores.format.arrays import ArraySpec, plan_arrays
 from coldtap.stores.format.codes import ErrorBound, describe_bound
 from coldtap.stores.format.compensation import compensation_file
@@ -33,15 +33,14 @@ from coldtap.stores.reading.store import Store, open_store
 from coldtap.stores.reading.stored_numbers import stored_numbers
 from coldtap.stores.storage.address import Place, overlap, place_of, storage_at
 from coldtap.stores.storage.contract import Storage
-from coldtap.stores.storage.threads import few_at_once, usable_cores
+from coldtap.stores.storage.threads import few_at_once
 from coldtap.stores.writing.block import SpareBuffers
+from coldtap.stores.writing.calibration import Calibration
 from coldtap.stores.writing.forecast import Forecast, forecast, require_space
 from coldtap.stores.writing.reporting import Reporter, Silence
 from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
 from coldtap.stores.writing.writer import StoreWriter
 from coldtap.version import __version__
-
-MOST_BLOCKS_AT_ONCE = 4  # each holds up to 256 MB
 
 type Errors = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -269,19 +268,19 @@ class _Work:
             digest = writer.finish(ids, sources.__getitem__, self._targets(), self._compensations())
         return plan.report(self.storage, "written", digest=digest, ahead=ahead)
 
-    def _try(self) -> Trial:
+    def _try(self) -> Calibration:
         plan = self.plan
         kept = stored_numbers(self.storage, plan.specs)
         if kept is None and plan.same_codes:
             kept = {name: array.numbers for name, array in plan.source.arrays.items()}
         return try_first_rows(plan.source, plan.specs, plan.encoding.bound, kept, same_codes=plan.same_codes)
 
-    def _look_ahead(self, trial: Trial) -> tuple[list[int], Forecast]:
+    def _look_ahead(self, trial: Calibration) -> tuple[list[int], Forecast]:
         """The blocks that are not there yet, and what they will take."""
         rows = self.plan.rows
         done = set(finished_blocks(self.storage, rows.n_blocks)) if self.recorded else set()
         todo = [block for block in range(rows.n_blocks) if block not in done]
-        rate = trial.rows_per_second * min(_blocks_at_once(), max(len(todo), 1))
+        rate = trial.rows_per_second * min(trial.blocks_at_once, max(len(todo), 1))
         ahead = forecast(self.storage, self.plan.specs, rows, todo, rate, trial.compressed)
         if self.recorded:
             self.told.note(f"going on with {self.storage}: {len(done)} of {rows.n_blocks} blocks are there")
@@ -305,7 +304,7 @@ class _Work:
             stop=request.event,
         )
         try:
-            for _ in few_at_once(lambda block: convert_block(job, block), todo, _blocks_at_once(), job.stop):
+            for _ in few_at_once(lambda block: convert_block(job, block), todo, blocks_at_once(), job.stop):
                 pass
         except InterruptedRunError:
             raise request.error(f"stopped: {self._kept()}; run the same command to go on") from None
@@ -332,7 +331,3 @@ class _Work:
         """The files of the old store's compensations as they are: they say on which tier they were fitted."""
         source = self.plan.source
         return {file: source.read_file(file) for file in map(compensation_file, source.compensations)}
-
-
-def _blocks_at_once() -> int:
-    return min(usable_cores(), MOST_BLOCKS_AT_ONCE)
