@@ -150,7 +150,7 @@ class _ToOtherTier(Making):
             ) from error
 
     def finish(self, writer: StoreWriter) -> str:
-        """Take over the samples; the targets and the compensations, which say on which tier they were fitted, as is."""
+        """Take over samples, targets and compensations (they say on which tier they were fitted) as they are."""
         source = self.source
         ids, sources = sample_columns(source)
         names = {name: targets_name(name) for name in source.target_names}
