@@ -1,14 +1,15 @@
 """The job: from a source of images to a complete store, resumable at every block."""
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from coldtap.errors import InterruptedRunError, OptionError, StoreLockedError
+from coldtap.errors import OptionError
 from coldtap.pipeline.cache_report import CacheReport
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
@@ -22,24 +23,20 @@ from coldtap.pipeline.run.block_run import BlockRun
 from coldtap.pipeline.run.environment import require_same_environment
 from coldtap.pipeline.run.rejections import Rejections
 from coldtap.stores.format.codes import ErrorBound
-from coldtap.stores.format.journal import JournalLine
-from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.tiers import Layout, TierName
-from coldtap.stores.reading.journal_lines import finished_blocks, read_line
+from coldtap.stores.reading.journal_lines import read_line
 from coldtap.stores.reading.manifest_files import is_complete
-from coldtap.stores.reading.recipe_file import read_recipe, require_extraction, require_same_recipe
 from coldtap.stores.reading.store import open_store
 from coldtap.stores.storage.address import Place, place_of, storage_at
 from coldtap.stores.storage.contract import Storage
-from coldtap.stores.writing.forecast import Forecast, forecast, require_space
+from coldtap.stores.writing.calibration import Calibration
+from coldtap.stores.writing.job import Found, Making, write_store
 from coldtap.stores.writing.reporting import Reporter, Silence
-from coldtap.stores.writing.stopping import StopRequest, stop_on_signals
 from coldtap.stores.writing.writer import StoreWriter
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from coldtap.pipeline.extract.calibrate import Calibration
     from coldtap.pipeline.run.engine import Engine
 
 
@@ -154,40 +151,29 @@ def cache_features(
 
 def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: Reporter) -> CacheReport:
     """Plan the job against what is there, and do what is left of it."""
+    from coldtap.pipeline.run.engine import Engine  # only here does a job come to need torch and timm
+
     _refuse_store_in_source(storage, job.source)
-    found = read_recipe(storage)
+    found = Found.look(storage)
     images = job.open_source()
     for note in images.listing.notes:
         reporter.note(note)
-    job = _with_begun_kernel(job, found[1] if found else None)
-    engine = _load_engine(job.extractor)
+    job = _with_begun_kernel(job, found.recorded)
+    engine = Engine.load(job.extractor)
     if engine.kernel is not None:
         name, why = engine.kernel
         reporter.note(f"kernel {name}: {why}")
         job = _with_kernel(job, name)  # workers shall not choose for themselves
-    splits = _splits(storage, found[0] if found else None, images.listing)
+    splits = _splits(found, images.listing)
     plan = plan_job(images, engine.describe(), splits=splits, rows=job.rows, encoding=job.encoding)
-    if found is not None:
-        require_same_recipe(storage, found[0], plan.recipe)
-        if is_complete(storage):
-            return relabel(storage, plan, dry_run=running.dry_run)
-        require_extraction(storage, found[1])
-    began = found[1]["environment"] if found else {}
+    if found.is_complete_for(plan.recipe):
+        return relabel(storage, plan, dry_run=running.dry_run)
+    began = found.recorded.get("environment", {})
     size = running.batch_size or began.get("batch_size") or engine.choose_batch_size()
     environment = engine.environment(size)
-    if found is not None:
+    if found.recipe is not None:
         require_same_environment(began, environment, allow_mixed=running.allow_mixed)
-    work = _Work(
-        storage=storage,
-        plan=plan,
-        engine=engine,
-        running=running,
-        description=_for_workers(job, images) if running.workers > 1 else b"",
-        model=_name_of(job.extractor.model, plan.backbone),
-        environment=environment,
-        recorded=found[1] if found else None,
-        reporter=reporter,
-    )
+    model = _name_of(job.extractor.model, plan.backbone)
     n_threads = running.decode_threads or os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads, thread_name_prefix="decode") as pool:
         decoder = Decoder(
@@ -199,133 +185,69 @@ def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: R
             pool=pool,
             n_threads=n_threads,
         )
-        return work.run(decoder)
+        extraction = _Extraction(
+            recipe=plan.recipe,
+            specs=plan.specs,
+            rows=plan.rows,
+            norm=plan.backbone.norm,
+            recorded={"environment": environment, "model": model, "source": images.name},
+            plan=plan,
+            engine=engine,
+            decoder=decoder,
+            running=running,
+            description=_for_workers(job, images) if running.workers > 1 else b"",
+            rejections=Rejections(plan.rows, images, running.max_rejected),
+        )
+        ended = write_store(found, extraction, reporter, dry_run=running.dry_run)
+    n_rejected = extraction.rejections.n_rows
+    return CacheReport(
+        store=place_of(storage),
+        status="written" if ended.digest else "forecast",
+        digest=ended.digest,
+        n_rows=plan.rows.n_planned - n_rejected if ended.digest else 0,
+        n_rejected=n_rejected,
+        forecast=ended.ahead,
+    )
 
 
-def _load_engine(options: ExtractorOptions) -> "Engine":
-    """Load the backbone; here, and only here, a job comes to need torch and timm."""
-    from coldtap.pipeline.run.engine import Engine
+@dataclass(frozen=True, kw_only=True)
+class _Extraction(Making):
+    """A planned job on its way; `description` is what workers are told."""
 
-    return Engine.load(options)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """A planned job on a store that is not complete; `recorded` is what an earlier call wrote beside the recipe."""
-
-    storage: Storage
     plan: JobPlan
     engine: "Engine"
+    decoder: Decoder
     running: RunOptions
     description: bytes
-    model: str
-    environment: dict[str, Any]
-    recorded: Mapping[str, Any] | None
-    reporter: Reporter
+    rejections: Rejections
 
-    def run(self, decoder: Decoder) -> CacheReport:
-        """Calibrate, forecast, and do the blocks that are not there yet."""
-        plan = self.plan
-        calibration = self.engine.calibrate(decoder, plan)
-        todo, ahead = self._look_ahead(calibration)
-        if self.running.dry_run:
-            return self._report("forecast", None, n_rows=0, n_rejected=0, ahead=ahead)
-        require_space(self.storage, ahead)
-        with self.storage.lock(), stop_on_signals() as request:
-            self._require_alone()
-            recorded = self.recorded or {
-                "environment": self.environment,
-                "model": self.model,
-                "source": plan.source.name,
-                "errors": calibration.errors,
-            }
-            writer = StoreWriter.begin(
-                self.storage,
-                plan.recipe,
-                plan.specs,
-                plan.rows,
-                recorded=recorded,
-                numbers=calibration.numbers,
-                norm=plan.backbone.norm,
-            )
-            rejections = self._count_earlier(todo)
-            try:
-                with closing(self._do(decoder, writer, todo, request)) as lines:
-                    for line in lines:
-                        rejections.count(line)
-            except InterruptedRunError:
-                raise self._interrupted(request) from None
-            digest = writer.finish(plan.source.listing.ids, plan.source.where, plan.targets())
-        n_rejected = rejections.n_rows
-        n_rows = plan.rows.n_planned - n_rejected
-        return self._report("written", digest, n_rows=n_rows, n_rejected=n_rejected, ahead=ahead)
+    def calibrate(self, storage: Storage) -> Calibration:
+        return self.engine.calibrate(self.decoder, self.plan)
 
-    def _report(
-        self,
-        status: Literal["written", "forecast"],
-        digest: str | None,
-        *,
-        n_rows: int,
-        n_rejected: int,
-        ahead: Forecast,
-    ) -> CacheReport:
-        return CacheReport(
-            store=place_of(self.storage),
-            status=status,
-            digest=digest,
-            n_rows=n_rows,
-            n_rejected=n_rejected,
-            forecast=ahead,
-        )
-
-    def _look_ahead(self, calibration: "Calibration") -> tuple[list[int], Forecast]:
-        """The blocks that are not there yet, and what they will take."""
-        rows = self.plan.rows
-        done = set(finished_blocks(self.storage, rows.n_blocks)) if self.recorded else set()
-        todo = [block for block in range(rows.n_blocks) if block not in done]
-        ahead = forecast(self.storage, self.plan.specs, rows, todo, calibration.rows_per_second, calibration.compressed)
-        if self.recorded:
-            self.reporter.note(f"going on with {self.storage}: {len(done)} of {rows.n_blocks} blocks are there")
-        self.reporter.forecast(ahead)
-        return todo, ahead
-
-    def _require_alone(self) -> None:
-        """With the lock in hand, the store must still be what it was when the job was planned."""
-        if is_complete(self.storage) or (self.recorded is None and read_recipe(self.storage) is not None):
-            raise StoreLockedError(f"another job wrote to {self.storage} meanwhile: run the same command again")
-
-    def _count_earlier(self, todo: Sequence[int]) -> Rejections:
-        """The rejections of blocks that are there already."""
-        rejections = Rejections(self.plan.rows, self.plan.source, self.running.max_rejected)
-        for block in sorted(set(range(self.plan.rows.n_blocks)) - set(todo)):
-            if line := read_line(self.storage, block):
-                rejections.count(line)
-        return rejections
-
-    def _do(
-        self, decoder: Decoder, writer: StoreWriter, todo: Sequence[int], request: StopRequest
-    ) -> Generator[JournalLine]:
-        """Journal lines of blocks as they finish, here or on workers."""
+    def make(self, writer: StoreWriter, todo: Sequence[int], reporter: Reporter, stop: threading.Event) -> None:
+        """Do blocks, here or on workers, until too much is rejected; blocks that are there already count too."""
+        for block in sorted(set(range(self.rows.n_blocks)) - set(todo)):
+            if line := read_line(writer.storage, block):
+                self.rejections.count(line)
         run = BlockRun(
-            decoder=decoder,
+            decoder=self.decoder,
             writer=writer,
-            environment=self.environment,
+            environment=self.recorded["environment"],
             fail_on_bad_image=self.running.on_bad_image == "fail",
-            reporter=self.reporter,
-            stop=request.event,
+            reporter=reporter,
+            stop=stop,
         )
         n_workers = min(self.running.workers, len(todo))
         if n_workers <= 1:
-            return self.engine.run_here(run, todo)
-        return self.engine.run_on_workers(run, todo, n_workers, self.description)
+            lines = self.engine.run_here(run, todo)
+        else:
+            lines = self.engine.run_on_workers(run, todo, n_workers, self.description)
+        with closing(lines):
+            for line in lines:
+                self.rejections.count(line)
 
-    def _interrupted(self, request: StopRequest) -> InterruptedRunError:
-        n_blocks = self.plan.rows.n_blocks
-        n_there = len(finished_blocks(self.storage, n_blocks))
-        return request.error(
-            f"stopped: {n_there} of {n_blocks} blocks of {self.storage} are there and stay; run the same command to "
-            "go on"
-        )
+    def finish(self, writer: StoreWriter) -> str:
+        return writer.finish(self.plan.source.listing.ids, self.plan.source.where, self.plan.targets())
 
 
 def _path(path: str | Path | None) -> Path | None:
@@ -337,9 +259,9 @@ def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
-def _with_begun_kernel(job: JobDescription, recorded: Mapping[str, Any] | None) -> JobDescription:
+def _with_begun_kernel(job: JobDescription, recorded: Mapping[str, Any]) -> JobDescription:
     """As the batch size: the kernel that began goes on, whatever a clock would choose today."""
-    if recorded is None or job.extractor.quantised is None or job.extractor.kernel != "auto":
+    if not recorded or job.extractor.quantised is None or job.extractor.kernel != "auto":
         return job
     return _with_kernel(job, str(recorded["environment"].get("kernel", "auto")))
 
@@ -369,14 +291,15 @@ def _refuse_store_in_source(storage: Storage, source: Any) -> None:
         raise OptionError(f"{storage} lies inside {source}, which is read as images: give a path outside it")
 
 
-def _splits(storage: Storage, recipe: Recipe | None, listing: Listing) -> Sequence[str]:
+def _splits(found: Found, listing: Listing) -> Sequence[str]:
     """The split of each sample; a val split that a complete store cut from train stays as it was cut.
 
     The cut is stratified by label, so corrected labels would move it, and labels are no part of a recipe.
     """
+    recipe = found.recipe
     if recipe is None or not listing.val_is_cut or recipe.rows.listing != listing.fingerprint:
         return listing.splits
-    if recipe.rows.val != "cut from train" or not is_complete(storage):
+    if recipe.rows.val != "cut from train" or not is_complete(found.storage):
         return listing.splits
-    stored = open_store(storage).splits_by_id()
+    stored = open_store(found.storage).splits_by_id()
     return [stored.get(sample, split) for sample, split in zip(listing.ids, listing.splits, strict=True)]

@@ -2,9 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -14,25 +12,7 @@ from coldtap.pipeline.images.decode_ahead import Decoder, Sample
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.codes import ErrorBound
 from coldtap.stores.format.rows import Row, RowPlan
-from coldtap.stores.format.tiers import Numbers
-from coldtap.stores.writing.calibration import CalibrationSamples
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What the prefix showed.
-
-    Attributes:
-        numbers: how the values of each array are to be kept.
-        errors: of each int8 array, what its codes lose on rows that were not used for its scales, per tap.
-        compressed: of each `compact` array, the share of its codes' bytes that zstd leaves.
-        rows_per_second: decoding and backbone, batch after batch, the first (warming) batch left out.
-    """
-
-    numbers: dict[str, Numbers]
-    errors: dict[str, list[dict[str, Any]]]
-    compressed: dict[str, float]
-    rows_per_second: float
+from coldtap.stores.writing.calibration import Calibration, CalibrationSamples
 
 
 def calibrate(
@@ -40,7 +20,8 @@ def calibrate(
 ) -> Calibration:
     """Run the first rows of the first split; images that cannot be used do not count.
 
-    At least two batches are timed where there are so many rows, so the rate may come from more rows than the scales.
+    The rate is that of decoding and backbone, batch after batch, the first (warming) batch left out. At least two
+    batches are timed where there are so many rows, so it may come from more rows than the scales.
     """
     rows = plan.first_rows(max(CalibrationSamples.rows_needed(specs, bound), 2 * decoder.batch_size))
     samples = CalibrationSamples(specs, bound, len(rows))

@@ -18,6 +18,7 @@ from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.reading.recipe_file import require_same_recipe
 from coldtap.stores.storage.contract import Storage
+from coldtap.stores.writing.block import SpareBuffers
 from coldtap.stores.writing.writer import StoreWriter
 
 
@@ -82,6 +83,7 @@ class Assignment:
             ),
             device=ThreadPoolExecutor(1, thread_name_prefix="device"),
             writer=writer,
+            buffers=SpareBuffers(writer.new_buffers),
             environment=self.environment,
             fail_on_bad_image=self.fail_on_bad_image,
             stop=stop,

@@ -13,7 +13,7 @@ import torch
 
 from coldtap.pipeline.backbones.backbone import Backbone, load_from_options
 from coldtap.pipeline.backbones.batch_size import choose_batch_size
-from coldtap.pipeline.extract.calibrate import Calibration, calibrate
+from coldtap.pipeline.extract.calibrate import calibrate
 from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources.parquet import ParquetSource
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
@@ -24,6 +24,8 @@ from coldtap.pipeline.run.block_run import BlockRun
 from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.pipeline.run.same_threads import batch_sizes, threads_with_the_same_features
 from coldtap.stores.format.journal import JournalLine
+from coldtap.stores.writing.block import SpareBuffers
+from coldtap.stores.writing.calibration import Calibration
 from coldtap.version import __version__
 
 
@@ -80,6 +82,7 @@ class Engine:
                 backbone=self.backbone,
                 decoder=run.decoder,
                 writer=run.writer,
+                buffers=SpareBuffers(run.writer.new_buffers),
                 environment=run.environment,
                 fail_on_bad_image=run.fail_on_bad_image,
                 device=device,

@@ -1,10 +1,9 @@
 """Running the blocks of a job in one process: decoding, the device and writing overlap."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from coldtap.errors import InterruptedRunError, SourceError
@@ -13,7 +12,7 @@ from coldtap.pipeline.extract.block import ExtractedBlock, UnusableRowError, ext
 from coldtap.pipeline.images.decode_ahead import DecodedBatch, Decoder, Sample
 from coldtap.stores.format.journal import JournalLine
 from coldtap.stores.storage.threads import few_at_once
-from coldtap.stores.writing.block import BlockBuffers
+from coldtap.stores.writing.block import SpareBuffers
 from coldtap.stores.writing.writer import StoreWriter
 
 # One block decodes, one has the device, one is written.
@@ -28,21 +27,21 @@ class BlockRunner:
         backbone: the frozen model.
         decoder: images to pixels.
         writer: the store in the making.
+        buffers: of blocks that are written, for the next ones.
         environment: where the job runs, for the journal.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
         device: the one thread that runs the backbone, block after block, while other blocks decode or write.
         stop: set when the job must end; blocks in flight are then dropped at their next batch.
-        spare_buffers: those of blocks that are written; fresh memory costs more than the copies into it.
     """
 
     backbone: Backbone
     decoder: Decoder
     writer: StoreWriter
+    buffers: SpareBuffers
     environment: Mapping[str, Any]
     fail_on_bad_image: bool
     device: Executor
     stop: threading.Event
-    spare_buffers: deque[BlockBuffers] = field(default_factory=deque)
 
     def run_block(self, block: int, advance: Callable[[int], None]) -> JournalLine:
         """Decode, extract and write one block.
@@ -67,7 +66,7 @@ class BlockRunner:
             ranges=found.ranges,
             environment=self.environment,
         )
-        self.spare_buffers.append(found.buffers)
+        self.buffers.give_back(found.buffers)
         return line
 
     def run_blocks(self, blocks: Sequence[int], advance: Callable[[int], None]) -> Iterator[JournalLine]:
@@ -78,7 +77,7 @@ class BlockRunner:
         yield from few_at_once(lambda block: self.run_block(block, advance), blocks, BLOCKS_IN_FLIGHT, self.stop)
 
     def _extract(self, block: int, batches: Iterable[DecodedBatch]) -> ExtractedBlock:
-        out = self._take_buffers()
+        out = self.buffers.take()
         try:
             return extract_block(self.backbone, block, batches, out, fail_on_bad_image=self.fail_on_bad_image)
         except UnusableRowError as error:
@@ -87,13 +86,6 @@ class BlockRunner:
             raise SourceError(
                 f"{where} cannot be used: {error} (`on_bad_image='fail'`); finished blocks are kept"
             ) from None
-
-    def _take_buffers(self) -> BlockBuffers:
-        """Buffers for one block, with whatever an earlier one left in them."""
-        try:
-            return self.spare_buffers.pop()
-        except IndexError:
-            return self.writer.new_buffers()
 
     def _watched(self, batches: Iterable[DecodedBatch], advance: Callable[[int], None]) -> Iterator[DecodedBatch]:
         """The batches, told of when they are done, until the job must end."""

@@ -1,7 +1,6 @@
 """Converting one block: rows of the old store, read and encoded a few at a time, then written as any block is."""
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,17 @@ from coldtap.stores.format.codes import Encoded, Escapes, Floats
 from coldtap.stores.format.journal import JournalLine, Rejection
 from coldtap.stores.reading.array import StoredArray
 from coldtap.stores.reading.store import Store
-from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
+from coldtap.stores.storage.threads import usable_cores
+from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers, SpareBuffers
 from coldtap.stores.writing.writer import StoreWriter
 
 PIECE_BYTES = 1 << 21  # float32 values that stay in the cache while they are encoded
+MAX_BLOCKS_AT_ONCE = 4  # each holds up to 256 MB
+
+
+def blocks_at_once() -> int:
+    """Return how many blocks are converted at a time, a thread each."""
+    return min(usable_cores(), MAX_BLOCKS_AT_ONCE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,27 +33,20 @@ class Conversion:
     Attributes:
         source: the old store; it reads in the thread that asks.
         writer: the new store in the making.
+        buffers: of blocks that are written, for the next ones.
         same_codes: codes are copied with their scales, not made again.
         environment: for the journal.
         advance: called with the rows of each block that is done.
         stop: set when the work must end; blocks at hand are then dropped.
-        spare_buffers: those of blocks that are written; fresh memory costs more than the copies into it.
     """
 
     source: Store
     writer: StoreWriter
+    buffers: SpareBuffers
     same_codes: bool
     environment: Mapping[str, Any]
     advance: Callable[[int], None] = lambda n_rows: None
     stop: threading.Event = field(default_factory=threading.Event)
-    spare_buffers: deque[BlockBuffers] = field(default_factory=deque)
-
-    def take_buffers(self) -> BlockBuffers:
-        """Buffers for one block, with whatever an earlier one left in them."""
-        try:
-            return self.spare_buffers.pop()
-        except IndexError:
-            return self.writer.new_buffers()
 
 
 def convert_block(job: Conversion, block: int) -> JournalLine:
@@ -59,7 +58,7 @@ def convert_block(job: Conversion, block: int) -> JournalLine:
         MachineError: the disk is full or refuses.
     """
     origin = origin_of(job.source, job.writer.plan, block)
-    buffers = job.take_buffers()
+    buffers = job.buffers.take()
     first = block * job.writer.plan.block_rows - origin.shift
     flaws: dict[int, Rejection] = {}
     for name, buffer in buffers.items():
@@ -70,7 +69,7 @@ def convert_block(job: Conversion, block: int) -> JournalLine:
                 number = row + origin.shift
                 flaws.setdefault(number, Rejection(row=number, reason=reason, tap=tap))
     line = _write(job, block, buffers, origin, flaws)
-    job.spare_buffers.append(buffers)
+    job.buffers.give_back(buffers)
     job.advance(len(job.writer.plan.block(block)))
     return line
 

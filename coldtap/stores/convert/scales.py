@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from coldtap.errors import StoreError
-from coldtap.stores.convert.block import fill, read_values
+from coldtap.stores.convert.block import blocks_at_once, fill, read_values
 from coldtap.stores.convert.rows import Rows
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunks import CRC_BYTES
@@ -16,24 +16,7 @@ from coldtap.stores.format.codes import ErrorBound, worst_channels
 from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.reading.store import Store
 from coldtap.stores.writing.block import ArrayBuffer
-from coldtap.stores.writing.calibration import COMPRESSED_ROWS, CalibrationSamples
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """What the first rows showed.
-
-    Attributes:
-        numbers: how the values of each array are kept in the new store.
-        errors: of each array whose values change, what is lost against the old store's values, a tap.
-        compressed: of each `compact` array, the share of its codes' bytes that zstd leaves.
-        rows_per_second: of one thread, without writing.
-    """
-
-    numbers: dict[str, Numbers]
-    errors: dict[str, list[dict[str, Any]]]
-    compressed: dict[str, float]
-    rows_per_second: float
+from coldtap.stores.writing.calibration import COMPRESSED_ROWS, Calibration, CalibrationSamples
 
 
 def first_rows(source: Store, n_rows: int) -> Rows:
@@ -52,7 +35,7 @@ def try_first_rows(
     kept: Mapping[str, Numbers] | None,
     *,
     same_codes: bool,
-) -> Trial:
+) -> Calibration:
     """Fix the scales by the rule of extraction, and convert a few rows without writing them.
 
     Args:
@@ -75,11 +58,12 @@ def try_first_rows(
         if not (spec.kept_as.is_exact or spec.kept_as.is_coded or overflown):
             # Rounding is alike in all rows, those that set the exponents too.
             errors[spec.name] = _rounding(source, buffer, rows)
-    return Trial(
+    return Calibration(
         numbers=numbers,
         errors=errors,
         compressed=compressed,
         rows_per_second=len(rows) / (time.perf_counter() - began),
+        blocks_at_once=blocks_at_once(),
     )
 
 

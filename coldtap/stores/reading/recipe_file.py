@@ -1,6 +1,5 @@
 """`recipe.json`: reading it, refusing what is no store, and comparing it with what is asked."""
 
-from collections.abc import Mapping
 from itertools import chain, groupby, islice
 from typing import Any
 
@@ -74,16 +73,4 @@ def require_same_recipe(store: Storage, old: Recipe, new: Recipe) -> None:
         raise RecipeMismatchError(
             f"{store} holds another recipe; choose another path, or the old settings. "
             f"Fields that differ (stored → asked): {'; '.join(lines)}"
-        )
-
-
-def require_extraction(store: Storage, recorded: Mapping[str, Any]) -> None:
-    """Refuse to extract blocks into an unfinished conversion: the recipe is the same, the last bits are not.
-
-    Raises:
-        StoreError: the store was begun by `coldtap convert`.
-    """
-    if "converted_from" in recorded:
-        raise StoreError(
-            f"{store} was begun by `coldtap convert`: finish it with the same command, or choose a new path"
         )

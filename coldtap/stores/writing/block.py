@@ -1,6 +1,7 @@
 """The values of one block in the making: a shard buffer an array, and beside codes what they do not hold."""
 
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -87,3 +88,26 @@ class ArrayBuffer:
 
 
 type BlockBuffers = Mapping[str, ArrayBuffer]
+
+
+class SpareBuffers:
+    """Buffers of blocks that are written, for the next ones: fresh memory costs more than the copies into it.
+
+    Args:
+        new: makes buffers for one block, where none are spare.
+    """
+
+    def __init__(self, new: Callable[[], BlockBuffers]) -> None:
+        self._new = new
+        self._spare: deque[BlockBuffers] = deque()
+
+    def take(self) -> BlockBuffers:
+        """Return buffers for one block, with whatever an earlier one left in them."""
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return self._new()
+
+    def give_back(self, buffers: BlockBuffers) -> None:
+        """Keep the buffers of a block that is written."""
+        self._spare.append(buffers)

@@ -1,6 +1,7 @@
 """From the first rows of a store to its scales: which rows, which of their tokens, and what follows from them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,25 @@ from coldtap.stores.format.tiers import Numbers
 HELD_OUT_ROWS = 64  # after those of the calibration: errors are measured on them
 MAX_SAMPLE_BYTES = 256_000_000
 COMPRESSED_ROWS = 16  # enough to forecast what zstd leaves
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What the first rows of a store show before its first block is begun.
+
+    Attributes:
+        numbers: how the values of each array are to be kept.
+        errors: of each array that loses something, what it loses per tap; of codes on rows that set no scales.
+        compressed: of each `compact` array, the share of its codes' bytes that zstd leaves.
+        rows_per_second: without writing.
+        blocks_at_once: blocks that go on at that rate at a time.
+    """
+
+    numbers: dict[str, Numbers]
+    errors: dict[str, list[dict[str, Any]]]
+    compressed: dict[str, float]
+    rows_per_second: float
+    blocks_at_once: int = 1
 
 
 class CalibrationSamples:
