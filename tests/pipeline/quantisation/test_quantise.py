@@ -26,7 +26,6 @@ from coldtap.errors import (
 from coldtap.pipeline.backbones.backbone import load_backbone
 from coldtap.pipeline.backbones.integer.artefact import read_artefact
 from coldtap.pipeline.backbones.integer.families import anatomy_of
-from coldtap.pipeline.backbones.integer.kernels import OneDnnKernel
 from coldtap.pipeline.backbones.integer.layers import quantised_layers
 from coldtap.pipeline.backbones.integer.run_on import run_on
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
@@ -43,6 +42,7 @@ from coldtap.pipeline.quantisation.quantize import quantize
 from coldtap.stores.compensation.channel_affine import ChannelAffine
 from coldtap.stores.reading.store import open_store
 from tests.helpers.jobs import coldtap, error_line, files, in_memory
+from tests.helpers.kernels import exact_kernel
 from tests.helpers.quantised_models import (
     FAMILIES,
     HOW,
@@ -225,7 +225,12 @@ def test_compensation_lowers_the_error_of_every_tap_on_other_images(family):
     assert cwac[0] > before[0] if models.anatomy.family == "resnet" else cwac[0] == before[0]
     for after in (cwac, linear):
         assert all(level > base + 0.5 for level, base in zip(after[1:], before[1:], strict=True)), (before, after)
-    assert all(fit.after < fit.before for fit in [*fits, *blocks])
+    assert all(fit.after < fit.before for fit in [*fits, *blocks] if fit.kept)
+    # Whether a map for the one pixel of the last stage helps on images held out is decided by the processor's last bits;
+    # where it does not, the gate leaves the block without one.
+    for fit in [*fits, *blocks]:
+        assert fit.kept or (family == "resnet-bottleneck" and fit is blocks[-1])
+        assert fit.kept or fit.after == pytest.approx(fit.before, rel=1e-12)
 
 
 def test_a_site_is_fitted_on_the_stream_that_its_prefix_gives_once_it_is_compensated(four_bits):
@@ -324,17 +329,20 @@ def test_folded_compensation_leaves_the_same_graph_and_the_same_integers(four_bi
         assert (layer.product().bias is None) == (before.product().bias is None)
     batch = plain.images[0]
     for models in (plain, folded):
-        run_on(models.model, OneDnnKernel())
+        run_on(models.model, exact_kernel())
         read_taps_of(models.model, None, 0)(batch)  # weights are packed at the first pass
     assert operations(folded.model, batch) == operations(plain.model, batch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_folded_compensation_is_the_affine_map_after_the_layer(four_bits, family):
-    """Site by site, on the same input: the difference is rounding."""
-    folded, fits = with_cwac(four_bits[family])
+    """Site by site, on the same input: sums of integers are exact, so the difference is the rounding of one product."""
+    models = own(four_bits[family])
+    folded, fits = with_cwac(models)
     for fit in fits:
-        plain, layer = (one.model.get_submodule(fit.site) for one in (four_bits[family], folded))
+        plain, layer = (one.model.get_submodule(fit.site) for one in (models, folded))
+        plain.use(exact_kernel())
+        layer.use(exact_kernel())
         shape = (2, 5, plain.codes.shape[1]) if plain.window is None else (2, plain.codes.shape[1], 9, 9)
         values = plain.input.restore(torch.randint(0, 16, shape)) * 0.7
         axes = (-1,) if plain.window is None else (-1, 1, 1)
@@ -349,7 +357,7 @@ def test_whole_models_agree_between_simulation_and_integers(family, scheme):
     """But for codes that rounding puts on the other side: rare, and one step."""
     models, backbone = quantised(FAMILIES[family](), scheme), backbone_of(FAMILIES[family]())
     simulated = taps_of(models.model, FRESH, backbone)
-    run_on(models.model, OneDnnKernel())
+    run_on(models.model, exact_kernel())
     for wanted, got in zip(simulated, taps_of(models.model, FRESH, backbone), strict=True):
         assert closeness_db(wanted, got) > (45 if scheme == "w8a8" else 35)
 
@@ -468,7 +476,7 @@ def test_a_quantised_store_says_so_and_float_features_never_stand_in_for_it(tmp_
 
 def test_workers_run_the_kernel_that_was_chosen_and_write_the_same_bytes(tmp_path, artefact):
     path, source = artefact
-    options = {"batch_size": 8, "device": "cpu", "quantized": path, "kernel": "onednn"}
+    options = {"batch_size": 8, "device": "cpu", "quantized": path, "kernel": exact_kernel().name}
     cache_features(source, tmp_path / "one", **options)
     store = tmp_path / "two"
     cache_features(source, store, workers=2, **options)
@@ -481,8 +489,8 @@ def test_a_store_does_not_go_on_with_another_kernel(tmp_path, artefact):
     begun = tmp_path / "s"
     cache_features(source, begun, kernel="float", **options)
     (begun / "manifest").unlink()
-    with pytest.raises(StoreError, match=r"kernel: float → onednn.* go on there with the same `kernel`"):
-        cache_features(source, begun, kernel="onednn", **options)
+    with pytest.raises(StoreError, match=rf"kernel: float → {exact_kernel().name}.* with the same `kernel`"):
+        cache_features(source, begun, kernel=exact_kernel().name, **options)
     # What a clock would choose today does not matter.
     assert cache_features(source, begun, kernel="auto", **options).status == "written"
     assert open_store(begun).recorded["environment"]["kernel"] == "float"
