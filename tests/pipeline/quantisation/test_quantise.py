@@ -226,8 +226,8 @@ def test_compensation_lowers_the_error_of_every_tap_on_other_images(family):
     for after in (cwac, linear):
         assert all(level > base + 0.5 for level, base in zip(after[1:], before[1:], strict=True)), (before, after)
     assert all(fit.after < fit.before for fit in [*fits, *blocks] if fit.kept)
-    # Whether a map for the one pixel of the last stage helps on images held out is decided by the processor's last bits;
-    # where it does not, the gate leaves the block without one.
+    # Whether a map for the one pixel of the last stage helps on images held out is decided by the processor's last
+    # bits; where it does not, the gate leaves the block without one.
     for fit in [*fits, *blocks]:
         assert fit.kept or (family == "resnet-bottleneck" and fit is blocks[-1])
         assert fit.kept or fit.after == pytest.approx(fit.before, rel=1e-12)
