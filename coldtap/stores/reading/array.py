@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,14 @@ from coldtap.stores.format.gathers import GatherName
 from coldtap.stores.format.geometry import Geometry
 from coldtap.stores.format.tiers import Numbers
 from coldtap.stores.reading.escape_reader import EscapeReader
+from coldtap.stores.reading.lazy import lazy_rows
+from coldtap.stores.reading.row_index import RowIndex
 from coldtap.stores.reading.shard_files import ShardFile, ShardFiles
 from coldtap.stores.reading.stored_numbers import Read
 from coldtap.stores.storage.threads import Threads
+
+if TYPE_CHECKING:
+    import dask.array
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -56,6 +61,8 @@ class StoredArray:
         threads: Threads,
         read: Read,
         features: str,
+        index: RowIndex,
+        origin: tuple[Any, ...],
     ) -> None:
         """Hold what reading needs.
 
@@ -67,12 +74,19 @@ class StoredArray:
             threads: that read and decode.
             read: gives the small files below `features.zarr` that the manifest lists.
             features: where that lies, for errors.
+            index: which rows are there.
+            origin: how another process gets this array, as `__reduce__` says it.
         """
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
         self._gathered_as = spec.gathered_as
         self._files, self._threads = files, threads
         self._where = f"{features}/{spec.name}"
+        self._index, self._origin = index, origin
         self._escapes = EscapeReader(spec, read, features) if spec.kept_as.is_coded else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process opens the store itself."""
+        return self._origin
 
     @property
     def name(self) -> str:
@@ -181,6 +195,26 @@ class StoredArray:
 
         self._in_threads(read, wanted, len(places))
         return self._outlying(wanted, places)
+
+    def dask(self, rows: Sequence[int] | Rows | None = None, taps: Sequence[int] | None = None) -> "dask.array.Array":
+        """Return a lazy dask array of float32 values, read block by block when it is computed.
+
+        Args:
+            rows: row numbers, in the order wanted; None for every row that is there, ascending.
+            taps: tap indices, for `layers` and `pooled`; None for all that are stored.
+
+        Returns:
+            (row, tap, token, channel) for `layers` and `pooled`, (row, token, channel) for `sum`; a chunk has as many
+            rows as a block of the store.
+
+        Raises:
+            MissingExtraError: dask is not installed.
+            MissingFeaturesError: a tap is not there; a row that is not is found when it is computed.
+        """
+        places = self._places(taps)
+        wanted = self._index.present.all() if rows is None else np.asarray(rows, np.int64)
+        shape = (len(places), *self.row_shape[1:]) if self._gathered_as.has_tap_axis else self.row_shape
+        return lazy_rows(self, wanted, None if taps is None else tuple(taps), shape)
 
     def will_need(self, rows: Sequence[int] | Rows, taps: Sequence[int] | None = None) -> None:
         """Tell the kernel which rows come next; what is wrong with them is said when they are read."""

@@ -45,6 +45,10 @@ class PresentRows:
         start, end = np.searchsorted(self._rejected, [first, first + segment.n_samples])
         return rows if start == end else np.delete(rows, self._rejected[start:end] - first)
 
+    def all(self) -> Rows:
+        """Return the numbers of all present rows, ascending."""
+        return np.concatenate([self.of(split, view) for split, view in self._segments])
+
     def sample_numbers(self, rows: Rows) -> Rows:
         """The number of each row's sample, counted over the splits in row order: views of a sample share it.
 

@@ -68,10 +68,10 @@ class Store:
         self._n_threads = threads
         self.files.read(RECIPE)
         self._files, self._threads = ShardFiles(storage), Threads(threads)
+        self.index = RowIndex(self.files, self.recipe)
         specs = self.recipe.arrays(where=storage.describe(RECIPE))
         self.arrays = {spec.name: self._open_array(spec) for spec in sorted(specs, key=lambda spec: spec.name)}
         self._require_plan()
-        self.index = RowIndex(self.files, self.recipe)
         self._labels = Labels(self.files, self.recipe, self.index)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -118,7 +118,10 @@ class Store:
         metadata = read_metadata(read, spec.name, features)
         n_rows = require_metadata(metadata, spec, f"{features}/{spec.name}/zarr.json")
         numbers = read_numbers(read, spec, features)
-        return StoredArray(spec, n_rows, numbers, self._files, self._threads, read, features)
+        origin = _array_of, (self.storage, self._n_threads, self.digest, spec.name)
+        return StoredArray(
+            spec, n_rows, numbers, self._files, self._threads, read, features, index=self.index, origin=origin
+        )
 
     @property
     def _features(self) -> str:
@@ -269,3 +272,7 @@ def _reopened(storage: Storage, threads: int | None, digest: str) -> Store:
     if store.digest != digest:
         raise StoreError(f"{storage} is another store than the one that was opened before: open it again")
     return store
+
+
+def _array_of(storage: Storage, threads: int | None, digest: str, name: str) -> StoredArray:
+    return _reopened(storage, threads, digest).arrays[name]
