@@ -63,9 +63,10 @@ def test_the_quick_benchmark_of_integers_prints_ratios_to_float_and_shares_of_ti
     assert all(record["images_per_s"] > 0 for record in speeds.values())
     assert speeds["whole extraction", "w8a8"]["goal"] == 2
     assert f"{speeds['backbone alone', 'w8a8']['ratio']:.2f}" in printed
-    shares = next(record["shares"] for record in records if record["measured"] == "profile")
-    assert sum(shares.values()) == pytest.approx(1)
-    assert shares["integer products"] > 0
+    profile = next(record for record in records if record["measured"] == "profile")
+    assert sum(profile["shares"].values()) == pytest.approx(1)
+    # Where no integer kernel is exact and faster than float32, `auto` takes floats, and there are no such products.
+    assert (profile["shares"]["integer products"] > 0) == (not profile["kernel"].startswith("float "))
 
 
 def test_an_unknown_benchmark_is_refused(capsys):
