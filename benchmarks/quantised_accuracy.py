@@ -111,7 +111,7 @@ def _quantised_cell(task: CellTask, work: Path) -> dict[str, Any]:
         target=TARGET,
         seed=task.seed,
     )
-    backbone = load_backbone(quantized=artefact, device="cpu")
+    backbone = load_backbone(quantised=artefact, device="cpu")
     assert backbone.kernel is not None
     found: dict[str, Any] = {
         "kernel": backbone.kernel.kernel.name,

@@ -576,22 +576,22 @@ def test_the_seconds_of_an_epoch_count_both_of_its_parts(store, tmp_path, monkey
 
 
 CHILD = """
-import os, pathlib, signal, sys
+import os, signal, sys
 import torch
 from coldtap.adaptors import train_adaptor
 from coldtap.adaptors.training.loop import SharedPass
 store, out, die_at_step, die_at_write = *sys.argv[1:3], *map(int, sys.argv[3:])
-step, rename, renamed = SharedPass._step, pathlib.Path.rename, []
+step, rename, renamed = SharedPass._step, os.rename, []
 def stepping(self, batch):
     if self.steps == die_at_step:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch)
-def renaming(self, target):
-    renamed.append(target.name)
+def renaming(source, target, **folders):
+    renamed.append(os.path.basename(target))
     if renamed.count("checkpoint.safetensors") == die_at_write:
         os.kill(os.getpid(), signal.SIGKILL)
-    return rename(self, target)
-SharedPass._step, pathlib.Path.rename = stepping, renaming
+    return rename(source, target, **folders)
+SharedPass._step, os.rename = stepping, renaming
 torch.set_num_threads(1)
 train_adaptor(store, "last", out=out, epochs=6, batch_size=8, device="cpu", checkpoint_every_s=0,
               settings={"modules": 1, "dropout": 0.3, "drop_path": 0.2})

@@ -20,6 +20,7 @@ from torch import nn
 import coldtap
 from coldtap.errors import ModelError, OptionError
 from coldtap.pipeline.backbones.backbone import load_backbone
+from coldtap.pipeline.backbones.integer.kernels import OneDnnKernel
 from coldtap.pipeline.backbones.integer.layers import quantised_layers
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.quantisation.onnx.export import OPSET, compare_taps, export_backbone
@@ -27,6 +28,7 @@ from coldtap.pipeline.quantisation.quantize import quantize
 from coldtap.stores.format.canonical import digest_of
 from tests.helpers.jobs import coldtap as run_coldtap
 from tests.helpers.jobs import error_line
+from tests.helpers.kernels import skip_where_inexact
 from tests.helpers.pictures import picture
 
 SIDE = 32
@@ -135,6 +137,7 @@ def reference(tmp_path_factory):
 
 @pytest.mark.parametrize("compensate", ["none", "cwac"])
 def test_onnxruntime_gives_the_taps_of_a_vit_and_of_a_resnet(vits, resnets, compensate):
+    skip_where_inexact(OneDnnKernel())  # onnxruntime saturates there too
     for made, model in ((vits, vit()), (resnets, resnet())):
         artefact, export = made[compensate]
         require_same_taps(export.path, artefact, model)
@@ -148,6 +151,7 @@ def test_other_members_of_the_families_and_a_matrix_beside_a_block_agree_too(tmp
 
 
 def test_the_reference_backbone_agrees(reference):
+    skip_where_inexact(OneDnnKernel())  # onnxruntime saturates there too
     artefact, path, _ = reference
     require_same_taps(path, artefact, None)
 
@@ -205,6 +209,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path):
 
 
 def test_layers_left_in_float_stay_float(tmp_path):
+    skip_where_inexact(OneDnnKernel())  # onnxruntime saturates there too
     artefact, export = exported(vit(), tmp_path, overrides=["blocks.0.*=float"])
     assert operations(export.path)["QuantizeLinear"] == export.n_layers == 4 * (VIT["depth"] - 1) + 1
     require_same_taps(export.path, artefact, vit())
@@ -241,6 +246,7 @@ def test_no_path_of_this_machine_is_in_the_file(reference):
 
 
 def test_the_command_says_what_was_written_and_how_close_the_taps_are(tmp_path):
+    skip_where_inexact(OneDnnKernel())  # onnxruntime saturates there too
     artefact, path = tmp_path / "resnet.safetensors", tmp_path / "new/folder/resnet.onnx"
     size = {"input_size": SIDE}
     quantize("test_resnet", CALIBRATION, artefact, random_weights=True, preprocess=size, device="cpu")
