@@ -208,9 +208,9 @@ def test_reparameterisation_helps_where_channels_differ_and_an_unfit_model_goes_
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compensation_lowers_the_error_of_every_tap_on_other_images(family):
-    """Of 256 images: the last map of a ResNet is one pixel here, and QwT weighs 64 channels or more at once."""
+    """Of 512 images: the last map of a ResNet is one pixel here, and QwT weighs 64 channels or more at once."""
     backbone, scheme = backbone_of(FAMILIES[family]()), SchemeByLayer.parse("w4a4", ())
-    batches = list(pixels(256).split(32))
+    batches = list(pixels(512).split(32))
     models = quantise(backbone, batches, scheme, ranges="least-squares", reparameterised=True, seed=0)
     compensated, fits = with_cwac(models)
     qwt = own(models)
@@ -225,12 +225,7 @@ def test_compensation_lowers_the_error_of_every_tap_on_other_images(family):
     assert cwac[0] > before[0] if models.anatomy.family == "resnet" else cwac[0] == before[0]
     for after in (cwac, linear):
         assert all(level > base + 0.5 for level, base in zip(after[1:], before[1:], strict=True)), (before, after)
-    assert all(fit.after < fit.before for fit in [*fits, *blocks] if fit.kept)
-    # Whether a map for the one pixel of the last stage helps on images held out is decided by the processor's last
-    # bits; where it does not, the gate leaves the block without one.
-    for fit in [*fits, *blocks]:
-        assert fit.kept or (family == "resnet-bottleneck" and fit is blocks[-1])
-        assert fit.kept or fit.after == pytest.approx(fit.before, rel=1e-12)
+    assert all(fit.after < fit.before for fit in [*fits, *blocks])
 
 
 def test_a_site_is_fitted_on_the_stream_that_its_prefix_gives_once_it_is_compensated(four_bits):

@@ -149,7 +149,7 @@ def test_a_folder_where_a_file_should_be_and_the_other_way_round(storage, tmp_pa
     for root in (tmp_path / "file", tmp_path / "file/deep"):
         with pytest.raises(MachineError, match="a file is where a folder would have to be"):
             LocalStorage(root).put("a", [b"x"])
-        with pytest.raises(NotADirectoryError):
+        with pytest.raises(NotADirectoryError, match="is a file"):
             LocalStorage(root).get("a")
         assert (LocalStorage(root).stat("a"), [*LocalStorage(root).list()]) == (None, [])
     assert [*storage.list(), *storage.leftovers()] == ["a/b"]
@@ -198,7 +198,7 @@ def test_a_file_that_may_not_be_read_says_which(storage, monkeypatch):
         return original(path, *arguments, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    with pytest.raises(PermissionError) as error:
+    with pytest.raises(PermissionError, match="Permission denied") as error:
         storage.get("a")
     assert (error.value.filename, error.value.strerror) == (f"{storage.root}/a", "Permission denied")
 
@@ -248,7 +248,7 @@ def test_descriptors_are_closed(storage):
         storage.below("a").get("b")
         with storage.lock(), storage.lock(named=False):
             pass
-        with pytest.raises(MachineError):
+        with pytest.raises(MachineError, match="a folder is there"):
             storage.put("a", [b"y"])
     assert len(os.listdir("/proc/self/fd")) == before
 
