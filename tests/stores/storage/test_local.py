@@ -149,7 +149,7 @@ def test_a_folder_where_a_file_should_be_and_the_other_way_round(storage, tmp_pa
     for root in (tmp_path / "file", tmp_path / "file/deep"):
         with pytest.raises(MachineError, match="a file is where a folder would have to be"):
             LocalStorage(root).put("a", [b"x"])
-        with pytest.raises(NotADirectoryError, match="is a file"):
+        with pytest.raises(NotADirectoryError, match=r"is a file|[Nn]ot a directory|below a file"):
             LocalStorage(root).get("a")
         assert (LocalStorage(root).stat("a"), [*LocalStorage(root).list()]) == (None, [])
     assert [*storage.list(), *storage.leftovers()] == ["a/b"]
