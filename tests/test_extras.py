@@ -53,7 +53,11 @@ def test_every_dependency_has_a_lower_bound():
 
 
 def third_party(path):
-    names = {name.partition(".")[0] for _, name in imported_names(ast.parse(path.read_text()))}
+    return libraries(ast.parse(path.read_text()))
+
+
+def libraries(tree):
+    names = {name.partition(".")[0] for _, name in imported_names(tree)}
     return {distribution_of(name) for name in names - set(sys.stdlib_module_names) - {"coldtap"} - OPTIONAL}
 
 
@@ -62,10 +66,31 @@ def test_every_library_that_is_imported_is_declared():
     assert imported <= BARE | set().union(*BY_EXTRA.values())
 
 
+class WithoutAsked(ast.NodeTransformer):
+    """Drops what imports nothing before it has asked: functions that call `require_extra`, and imports for types."""
+
+    def visit_FunctionDef(self, node):
+        called = {call.func.id for call in ast.walk(node) if isinstance(call, ast.Call) and hasattr(call.func, "id")}
+        return None if "require_extra" in called else self.generic_visit(node)
+
+    def visit_If(self, node):
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+
 @pytest.mark.parametrize("room", ["cli", "stores"])
-def test_rooms_of_the_bare_package_import_no_extra(room):
-    imported = {path: third_party(path) for path in (PACKAGE / room).rglob("*.py")}
-    assert {str(path): names - BARE for path, names in imported.items() if names - BARE} == {}
+def test_rooms_of_the_bare_package_import_no_extra_unasked(room):
+    unasked = {path: WithoutAsked().visit(ast.parse(path.read_text())) for path in (PACKAGE / room).rglob("*.py")}
+    found = {str(path): libraries(tree) - BARE for path, tree in unasked.items()}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+def test_an_import_before_the_question_is_found():
+    tree = ast.parse(
+        "def f():\n    import dask\n"
+        "def g():\n    require_extra('cluster', for_='g')\n    import distributed\n"
+        "if TYPE_CHECKING:\n    import torch\n"
+    )
+    assert libraries(WithoutAsked().visit(tree)) == {"dask"}
 
 
 def test_the_table_names_commands_and_public_verbs_alone():

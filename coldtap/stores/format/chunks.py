@@ -8,7 +8,7 @@ the faster one (`python -m benchmarks codecs`; `docs/log.md`, 2026-11-27).
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
@@ -44,48 +44,59 @@ def compress(values: Bytes) -> bytes:
     return small
 
 
-def decompress(frame: bytes | memoryview, n_bytes: int) -> bytes:
-    """Return the content of one frame, of a size known before: nothing larger is ever allocated.
+DECODE_ERRORS = (zstandard.ZstdError, RuntimeError, ValueError, MemoryError)
+
+
+def decompress(frame: memoryview, n_bytes: int) -> bytearray:
+    """Return the content of one frame, of a size known before; raises as `decompress_into` does."""
+    _require_size(frame, n_bytes)
+    content = bytearray(n_bytes)
+    decompress_into(frame, memoryview(content))
+    return content
+
+
+def decompress_into(frame: memoryview, out: memoryview) -> None:
+    """Decode one frame into all of `out` (byte,); nothing larger is ever allocated.
 
     Raises:
         ValueError: the frame is damaged, or holds another number of bytes.
     """
-    content = bytearray(n_bytes)
-    _require_size(frame, n_bytes)
+    _require_size(frame, len(out))
     try:
-        frame_decoder(n_bytes)(memoryview(frame), memoryview(content))
+        decode_frames(frame, [0], [len(frame)], out, len(out))
     except DECODE_ERRORS as error:
         raise ValueError(str(error)) from error
-    return bytes(content)
 
 
-DECODE_ERRORS = (zstandard.ZstdError, RuntimeError, ValueError)
+def decode_frames(data: memoryview, starts: Sequence[int], ends: Sequence[int], out: memoryview, n_bytes: int) -> None:
+    """Decode frames of `n_bytes` of content each into `out` (byte,), one behind another.
 
+    It may allocate what a frame states, so give it only frames that `decompress_into` has seen.
 
-def frame_decoder(n_bytes: int) -> Callable[[memoryview, memoryview], object]:
-    """Return this thread's way to decode frames of a content of `n_bytes`: it writes `frame` into `out` (byte).
+    Args:
+        data: (byte,), in which the frames lie.
+        starts: where each frame begins.
+        ends: where it ends.
+        out: as long as all contents together.
+        n_bytes: the size of each content.
 
-    It may allocate what a frame states, so give it only frames that `decompress` has seen. It raises `DECODE_ERRORS`,
-    or MemoryError, where one has been damaged since.
+    Raises:
+        ZstdError, RuntimeError, ValueError, MemoryError: all in `DECODE_ERRORS`; a frame has been damaged since.
     """
+    places = range(0, n_bytes * len(starts), n_bytes)
     if n_bytes >= NUMCODECS_FROM_BYTES:
-
-        def decode_large(frame: memoryview, out: memoryview) -> None:
-            _require_size(frame, n_bytes)  # numcodecs leaves the rest of `out` as it was
-            numcodecs_zstd.decompress(frame, out)
-
-        return decode_large
+        for start, end, place in zip(starts, ends, places, strict=True):
+            _require_size(data[start:end], n_bytes)  # numcodecs leaves the rest of `out` as it was
+            numcodecs_zstd.decompress(data[start:end], out[place : place + n_bytes])
+        return
     if not hasattr(_contexts, "decompressor"):
         _contexts.decompressor = zstandard.ZstdDecompressor()
     decode = _contexts.decompressor.decompress
-
-    def decode_small(frame: memoryview, out: memoryview) -> None:
-        out[:] = decode(frame, max_output_size=n_bytes, allow_extra_data=False)
-
-    return decode_small
+    for start, end, place in zip(starts, ends, places, strict=True):
+        out[place : place + n_bytes] = decode(data[start:end], max_output_size=n_bytes, allow_extra_data=False)
 
 
-def _require_size(frame: bytes | memoryview, n_bytes: int) -> None:
+def _require_size(frame: memoryview, n_bytes: int) -> None:
     try:
         stated = zstandard.frame_content_size(frame)
     except zstandard.ZstdError as error:

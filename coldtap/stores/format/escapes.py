@@ -129,12 +129,12 @@ def escapes_of_block(
     )
 
 
-def _opened(data: bytes, n_bytes: int, where: str) -> bytes:
+def _opened(data: bytes, n_bytes: int, where: str) -> bytearray:
     frame = data[:-CRC_BYTES]
     if checksum(frame) != data[-CRC_BYTES:]:
         raise CorruptStoreError(f"{where}: its checksum does not hold")
     try:
-        return decompress(frame, n_bytes)
+        return decompress(memoryview(frame), n_bytes)
     except ValueError as error:
         raise CorruptStoreError(f"{where}: its zstd frame is damaged ({error})") from error
 

@@ -82,16 +82,16 @@ class PresentRows:
 
 
 class RowIndex:
-    """Which sample each row of a complete store is; each table is read when it is first needed.
-
-    Attributes:
-        segments: which rows are planned for which (split, view).
-    """
+    """Which sample each row of a complete store is; each table is read when it is first needed."""
 
     def __init__(self, files: ManifestFiles, recipe: Recipe) -> None:
         """Read nothing yet."""
-        self._files, self._block_rows = files, recipe.encoding.block_rows
-        self.segments = segments_of(recipe.rows.splits, recipe.rows.views, self._block_rows)
+        self._files, self._rows, self._block_rows = files, recipe.rows, recipe.encoding.block_rows
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Which rows are planned for which (split, view)."""
+        return segments_of(self._rows.splits, self._rows.views, self._block_rows)
 
     @cached_property
     def present(self) -> PresentRows:

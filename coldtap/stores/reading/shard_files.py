@@ -18,7 +18,14 @@ import numpy as np
 
 from coldtap.errors import CorruptStoreError, MachineError
 from coldtap.stores.format.arrays import ArraySpec
-from coldtap.stores.format.chunks import CRC_BYTES, DECODE_ERRORS, checksum, decompress, frame_decoder, largest_frame
+from coldtap.stores.format.chunks import (
+    CRC_BYTES,
+    DECODE_ERRORS,
+    checksum,
+    decode_frames,
+    decompress_into,
+    largest_frame,
+)
 from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.shards import ABSENT, ENTRY_BYTES
 from coldtap.stores.storage.contract import Reader, Storage
@@ -203,15 +210,14 @@ class ShardFile:
     def _decode_rows(self, frames: memoryview, rows: list[int], run: slice, out: Bytes, at: list[int]) -> bool:
         """False where a frame that was intact is damaged now: to be read again, and told of."""
         starts = self.index.offsets[rows, run]
-        ends = (starts + self.index.lengths[rows, run] - CRC_BYTES).tolist()
-        decode, n, to = frame_decoder(self._n_values), self._n_values, memoryview(out).cast("B")
+        ends = starts + self.index.lengths[rows, run] - CRC_BYTES
+        n_row = self._n_values * ends.shape[1]
+        to = memoryview(out).cast("B")
         try:
-            for place, row_starts, row_ends in zip(at, starts.tolist(), ends, strict=True):
-                first = place * n * len(row_starts)
-                for start, end in zip(row_starts, row_ends, strict=True):
-                    decode(frames[start:end], to[first : first + n])
-                    first += n
-        except (*DECODE_ERRORS, MemoryError):
+            for place, row_starts, row_ends in zip(at, starts.tolist(), ends.tolist(), strict=True):
+                row = to[place * n_row : (place + 1) * n_row]
+                decode_frames(frames, row_starts, row_ends, row, self._n_values)
+        except DECODE_ERRORS:
             self.index.checked[rows, run] = False
             return False
         return True
@@ -223,9 +229,10 @@ class ShardFile:
             values = stored[:-CRC_BYTES]
             if not checked[chunk] and checksum(values) != stored[-CRC_BYTES:].tobytes():
                 raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
-            out[start : start + n] = (
-                memoryview(values) if self.spec.layout == "fast" else self._decoded(row, chunk, values)
-            )
+            if self.spec.layout == "fast":
+                out[start : start + n] = memoryview(values)
+            else:
+                self._decode(row, chunk, memoryview(values), out[start : start + n])
             checked[chunk] = True  # its frame is known too: `_decode_rows` relies on it
             start += n
 
@@ -252,9 +259,9 @@ class ShardFile:
         except CorruptStoreError as error:
             raise CorruptStoreError(f"{self._where(row, chunk)}: the shard ends early") from error
 
-    def _decoded(self, row: int, chunk: int, frame: Bytes) -> bytes:
+    def _decode(self, row: int, chunk: int, frame: memoryview, out: memoryview) -> None:
         try:
-            return decompress(memoryview(frame), self._n_values)
+            decompress_into(frame, out)
         except ValueError as error:
             raise CorruptStoreError(f"{self._where(row, chunk)}: its zstd frame is damaged ({error})") from error
 

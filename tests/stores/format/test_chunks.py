@@ -10,8 +10,8 @@ from coldtap.stores.format.chunks import (
     NUMCODECS_FROM_BYTES,
     ZSTD_LEVEL,
     compress,
+    decode_frames,
     decompress,
-    frame_decoder,
     largest_frame,
 )
 
@@ -36,10 +36,10 @@ def test_both_libraries_write_the_frame_that_compress_writes(n_bytes):
 def test_a_frame_of_either_library_decodes_into_the_callers_buffer(n_bytes):
     content = codes(n_bytes)
     for frame in (zstd.compress(content, 3), zstandard.ZstdCompressor(level=5).compress(content)):
-        assert decompress(frame, n_bytes) == content
-        out = bytearray(n_bytes)
-        frame_decoder(n_bytes)(memoryview(frame), memoryview(out))
-        assert bytes(out) == content
+        assert decompress(memoryview(frame), n_bytes) == content
+        out, n = bytearray(2 * n_bytes), len(frame)
+        decode_frames(memoryview(b"x" + frame + frame), [n + 1, 1], [2 * n + 1, n + 1], memoryview(out), n_bytes)
+        assert bytes(out) == content * 2
 
 
 @pytest.mark.parametrize("n_bytes", SIZES)
@@ -56,7 +56,7 @@ def test_a_frame_that_is_damaged_or_of_another_size_is_a_value_error(n_bytes):
     }
     for name, data in wrong.items():
         with pytest.raises(ValueError, match=r"."):
-            pytest.fail(f"{name}: {len(decompress(data, n_bytes))} bytes were decoded")
+            pytest.fail(f"{name}: {len(decompress(memoryview(data), n_bytes))} bytes were decoded")
 
 
 @pytest.mark.parametrize("n_bytes", SIZES[1:])
@@ -64,4 +64,4 @@ def test_a_frame_damaged_after_it_was_checked_never_leaves_part_of_a_buffer_as_i
     out = bytearray(n_bytes)
     for frame in (compress(codes(n_bytes // 2)), compress(codes(n_bytes))[:-3]):
         with pytest.raises(DECODE_ERRORS, match=r"."):
-            frame_decoder(n_bytes)(memoryview(frame), memoryview(out))
+            decode_frames(memoryview(frame), [0], [len(frame)], memoryview(out), n_bytes)
