@@ -3,7 +3,6 @@
 from pathlib import Path, PurePath
 
 from coldtap.stores.storage.contract import Storage
-from coldtap.stores.storage.counted import CountedStorage
 from coldtap.stores.storage.local import LocalStorage
 
 type Place = str | Path | Storage
@@ -11,8 +10,6 @@ type Place = str | Path | Storage
 
 def storage_at(place: Place) -> Storage:
     """Return the storage of a place: a folder's path, there or not yet, or a storage itself."""
-    if isinstance(place, str) and place.startswith("counted:"):
-        return CountedStorage(place.removeprefix("counted:"))
     return place if isinstance(place, Storage) else LocalStorage(Path(place))
 
 
