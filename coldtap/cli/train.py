@@ -140,7 +140,7 @@ def _print_run(result: "RunResult", adaptor: str, as_json: bool) -> None:
 
 
 def _print_trials(trials: "Trials", adaptor: str, as_json: bool) -> None:
-    chosen = {result.path.name for result in trials.chosen}
+    chosen = {result.plan.name for result in trials.chosen}
     if as_json:
         print(json.dumps(_trials_json(trials, chosen), indent=1))
         return
@@ -155,8 +155,8 @@ def _print_trials(trials: "Trials", adaptor: str, as_json: bool) -> None:
 def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
     return [
         {
-            "trial": result.path.name,
-            "chosen": result.path.name in chosen,
+            "trial": result.plan.name,
+            "chosen": result.plan.name in chosen,
             "failure": result.failure,
             "run": None if result.info is None else result.info.to_dict(),
         }

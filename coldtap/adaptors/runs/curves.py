@@ -2,12 +2,12 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from coldtap.adaptors.runs.record import EpochRecord, RunInfo
 from coldtap.adaptors.runs.run_folder import CURVES
-from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.storage.contract import Storage
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,28 +16,27 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, GREY = "#2f6db3", "#d9822b", "#2a8f5b", "#b0b0b0"
 
 
-def draw_run(folder: Path, info: RunInfo, epochs: Sequence[EpochRecord], note: Callable[[str], None] | None) -> None:
+def draw_run(run: Storage, info: RunInfo, epochs: Sequence[EpochRecord], note: Callable[[str], None] | None) -> None:
     """Draw a finished run's curves into its folder, where that is possible."""
-    title = f"{info.settings.adaptor} on {Path(info.store).name}, {info.parameters:,} parameters"
-    draw_picture(
-        folder / CURVES, lambda: draw_curves(epochs, best=info.best_epoch, title=title, metric=info.metric), note
-    )
+    title = f"{info.settings.adaptor} on {PurePath(info.store).name}, {info.parameters:,} parameters"
+    draw_picture(run, CURVES, lambda: draw_curves(epochs, best=info.best_epoch, title=title, metric=info.metric), note)
 
 
-def draw_picture(path: Path, draw: Callable[[], bytes], note: Callable[[str], None] | None) -> None:
+def draw_picture(folder: Storage, name: str, draw: Callable[[], bytes], note: Callable[[str], None] | None) -> None:
     """Write a picture, best effort: what it shows is written already, and no failure to draw may cost that.
 
     Args:
-        path: Of the picture.
+        folder: Where it goes.
+        name: Of the picture.
         draw: Gives its bytes.
         note: Called with a sentence where it was not drawn.
     """
     try:
-        write_file(path, [draw()])
+        folder.put(name, [draw()])
     except Exception as error:
         mend = ": pip install 'coldtap[report]'" if isinstance(error, ImportError) else ""
         if note is not None:
-            note(f"{path.name} was not drawn ({error}){mend}")
+            note(f"{name} was not drawn ({error}){mend}")
 
 
 def draw_curves(epochs: Sequence[EpochRecord], *, best: int, title: str, metric: str) -> bytes:

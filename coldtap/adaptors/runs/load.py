@@ -1,7 +1,6 @@
 """A trained adaptor, back from its run folder."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -12,9 +11,11 @@ from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options
 from coldtap.adaptors.runs.record import RunInfo
 from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, read_run
-from coldtap.errors import OptionError, RunError
+from coldtap.errors import CorruptStoreError, OptionError, RunError
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.compensation import TapMaps
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,60 +27,67 @@ class LoadedRun:
     maps: TapMaps | None
 
 
-def load_adaptor(folder: str | Path) -> tuple[nn.Module, RunInfo]:
+def load_adaptor(run: Place) -> tuple[nn.Module, RunInfo]:
     """Load a finished run: its module in eval mode on the CPU, and what `run.json` says.
 
     The module maps features as `RunInfo.features` describes them, with a batch axis before `row_shape`, in float32,
     to logits (batch, class). Of a run with a compensation it applies that first: what it takes are features as the
     run's extractor gives them.
 
+    Args:
+        run: The run folder, or its storage.
+
     Raises:
         RunError: There is no finished run, it is of another format version, or a file is missing or damaged.
     """
-    run = load_run(folder)
-    if run.maps is None:
-        return run.adaptor, run.info
-    return Compensated(run.adaptor, run.maps, run.info.features).eval(), run.info
+    loaded = load_run(run)
+    if loaded.maps is None:
+        return loaded.adaptor, loaded.info
+    return Compensated(loaded.adaptor, loaded.maps, loaded.info.features).eval(), loaded.info
 
 
-def load_run(folder: str | Path) -> LoadedRun:
+def load_run(run: Place) -> LoadedRun:
     """Load the parts of a finished run.
 
     Raises:
         RunError: As `load_adaptor` does.
     """
-    folder = Path(folder)
-    info = read_run(folder)
+    storage = storage_at(run)
+    info = read_run(storage)
     if info is None:
-        raise RunError(f"there is no finished run at {folder}: make one with `train-adaptor`")
-    data = _read(folder / ADAPTOR, info.adaptor_sha256)
+        raise RunError(f"there is no finished run at {storage}: make one with `train-adaptor`")
+    data = _read(storage, ADAPTOR, info.adaptor_sha256)
     module = build_adaptor(info)
     try:
         module.load_state_dict(load(data))
     except (RuntimeError, SafetensorError) as error:
         raise RunError(
-            f"{folder / ADAPTOR} does not fit the settings in run.json ({str(error).splitlines()[0]})"
+            f"{storage.describe(ADAPTOR)} does not fit the settings in run.json ({str(error).splitlines()[0]})"
         ) from error
-    return LoadedRun(info=info, adaptor=module.eval(), maps=_maps(folder / COMPENSATION, info))
+    return LoadedRun(info=info, adaptor=module.eval(), maps=_maps(storage, info))
 
 
-def _maps(path: Path, info: RunInfo) -> TapMaps | None:
+def _maps(run: Storage, info: RunInfo) -> TapMaps | None:
     if info.compensation_sha256 is None:
         return None
-    data = _read(path, info.compensation_sha256)
+    data = _read(run, COMPENSATION, info.compensation_sha256)
     try:
         return parse_maps(data)
     except (SafetensorError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): train again into another `out`") from error
+        where = run.describe(COMPENSATION)
+        raise RunError(f"{where} is damaged ({error!r}): train again into another `out`") from error
 
 
-def _read(path: Path, digest: str) -> bytes:
+def _read(run: Storage, name: str, digest: str) -> bytes:
+    where = run.describe(name)
     try:
-        data = path.read_bytes()
+        data = run.get(name, limit=None)
     except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}): train again into another `out`") from error
+        raise RunError(f"{where} cannot be read ({error.strerror}): train again into another `out`") from error
+    except CorruptStoreError as error:
+        raise RunError(f"{error}: train again into another `out`") from error
     if sha256(data) != digest:
-        raise RunError(f"{path} is not what run.json says, so it is damaged: train again into another `out`")
+        raise RunError(f"{where} is not what run.json says, so it is damaged: train again into another `out`")
     return data
 
 

@@ -1,46 +1,32 @@
-"""The folder that a training writes into: made where it is missing, and held by one process at a time."""
+"""The folder that a training writes into: no store, and held by one process at a time."""
 
-import fcntl
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
-from coldtap.errors import RunError
+from coldtap.errors import MachineError, RunError, StoreLockedError
 from coldtap.stores.reading.recipe_file import RECIPE
-from coldtap.stores.storage.atomic import machine_errors
-
-
-def make_folder(out: Path) -> None:
-    """Make the folder of a run, or of trials.
-
-    Raises:
-        RunError: It is a store, or a file.
-        MachineError: It cannot be made.
-    """
-    if (out / RECIPE).exists():
-        raise RunError(f"`out={str(out)!r}` is a store: choose a folder of its own for the run")
-    try:
-        with machine_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise RunError(f"`out={str(out)!r}` is a file, or lies in one: choose a folder") from error
+from coldtap.stores.storage.contract import Storage
 
 
 @contextmanager
-def sole_writer(out: Path) -> Iterator[None]:
-    """Hold a folder by flock(2), so that two trainings do not write into it at a time.
+def sole_writer(out: Storage) -> Iterator[None]:
+    """Hold the folder of a run, or of trials, so that two trainings do not write into it at a time.
 
     Raises:
-        RunError: Another process holds it.
+        RunError: It is a store or a file, or another process holds it.
+        MachineError: It cannot be made.
     """
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(folder)
-        raise RunError(f"another training writes into {out}: wait for it, stop it, or choose another `out`") from None
-    try:
+    if out.stat(RECIPE) is not None:
+        raise RunError(f"`out={str(out)!r}` is a store: choose a folder of its own for the run")
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(out.lock(named=False))
+        except StoreLockedError:
+            raise RunError(
+                f"another training writes into {out}: wait for it, stop it, or choose another `out`"
+            ) from None
+        except MachineError as error:
+            if not isinstance(error.__cause__, (FileExistsError, NotADirectoryError)):
+                raise
+            raise RunError(f"`out={str(out)!r}` is a file, or lies in one: choose a folder") from error
         yield
-    finally:
-        os.close(folder)

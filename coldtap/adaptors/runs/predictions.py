@@ -13,7 +13,6 @@ The schema's metadata says the `kind` of the targets. Splits follow each other, 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from coldtap.adaptors.metrics.metrics import TrialRows
-from coldtap.errors import RunError
+from coldtap.errors import CorruptStoreError, RunError
 from coldtap.stores.format.types import KINDS, TargetKind
-from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.storage.address import Place, storage_at
 
 PREDICTIONS = "predictions.parquet"
 _INTEGERS, _FLOATS = pa.list_(pa.int64()), pa.list_(pa.float32())
@@ -44,7 +43,7 @@ class SplitPredictions:
     rows: TrialRows
 
 
-def write_predictions(folder: Path, kind: TargetKind, splits: Mapping[str, SplitPredictions]) -> None:
+def write_predictions(run: Place, kind: TargetKind, splits: Mapping[str, SplitPredictions]) -> None:
     """Write a run's predictions, whole or not at all; equal predictions give equal bytes.
 
     Raises:
@@ -56,7 +55,7 @@ def write_predictions(folder: Path, kind: TargetKind, splits: Mapping[str, Split
     )
     sink = BytesIO()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
-    write_file(folder / PREDICTIONS, [sink.getvalue()])
+    storage_at(run).put(PREDICTIONS, [sink.getvalue()])
 
 
 def _table(schema: pa.Schema, kind: TargetKind, split: str, said: SplitPredictions) -> pa.Table:
@@ -110,27 +109,29 @@ class Predictions:
         return self.splits[name]
 
 
-def read_predictions(folder: Path) -> Predictions | None:
+def read_predictions(run: Place) -> Predictions | None:
     """Return the predictions of a run folder; None where it has none, as those of earlier versions.
 
     Raises:
         RunError: The file is damaged, or has other columns.
     """
-    path = folder / PREDICTIONS
+    storage = storage_at(run)
+    where = storage.describe(PREDICTIONS)
     try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        data = pa.BufferReader(storage.get(PREDICTIONS, limit=None))
+        with pq.ParquetFile(data, page_checksum_verification=True) as file:
             found = file.schema_arrow
             kind = _kind(found)
             if kind is None or not found.equals(_SCHEMAS[kind], check_metadata=False):
-                raise RunError(f"{path} has columns {found.names} of no kind of target that this coldtap knows")
+                raise RunError(f"{where} has columns {found.names} of no kind of target that this coldtap knows")
             table = file.read()
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException, CorruptStoreError) as error:
         reason = (str(error).splitlines() or [""])[0]
-        raise RunError(f"{path} cannot be read ({reason}): train again into another `out`") from error
+        raise RunError(f"{where} cannot be read ({reason}): train again into another `out`") from error
     if problem := _problem(table, kind):
-        raise RunError(f"{path} is damaged ({problem}): train again into another `out`")
+        raise RunError(f"{where} is damaged ({problem}): train again into another `out`")
     names = table["split"].unique().to_pylist()
     return Predictions(kind=kind, splits={split: _split(table, kind, split) for split in names})
 

@@ -17,16 +17,16 @@ import csv
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 
 from coldtap.adaptors.runs.record import FORMAT, READABLE, EpochRecord, Failure, RunInfo
-from coldtap.errors import RunError
+from coldtap.errors import CorruptStoreError, RunError
 from coldtap.stores.format.canonical import readable_json
-from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 
 ADAPTOR = "adaptor.safetensors"
 COMPENSATION = "compensation.safetensors"
@@ -36,56 +36,51 @@ CURVES = "curves.png"
 FAILED = "failed.json"
 
 
-def read_run(folder: Path) -> RunInfo | None:
+def read_run(run: Place) -> RunInfo | None:
     """Return what a finished run says of itself; None where there is no `run.json`.
+
+    Args:
+        run: The run folder, or its storage.
 
     Raises:
         RunError: `run.json` is of another format version, or damaged.
     """
-    record = _read_json(folder / RUN)
-    return None if record is None else _parsed(folder / RUN, RunInfo.from_dict, record)
+    return _read(storage_at(run), RUN, RunInfo.from_dict)
 
 
-def read_failure(folder: Path) -> Failure | None:
+def read_failure(run: Place) -> Failure | None:
     """Return what `failed.json` says of a trial that came to no end; None where there is none.
 
     Raises:
         RunError: `failed.json` is of another format version, or damaged.
     """
-    record = _read_json(folder / FAILED)
-    return None if record is None else _parsed(folder / FAILED, Failure.from_dict, record)
+    return _read(storage_at(run), FAILED, Failure.from_dict)
 
 
-def write_failure(folder: Path, failure: Failure) -> None:
+def write_failure(run: Place, failure: Failure) -> None:
     """Write why a trial came to no end."""
-    write_file(folder / FAILED, [readable_json(failure.to_dict())])
+    storage_at(run).put(FAILED, [readable_json(failure.to_dict())])
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read[T](run: Storage, name: str, parse: Callable[[Mapping[str, Any]], T]) -> T | None:
+    where = run.describe(name)
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(run.get(name))
         found = record["format"]
+        if found in READABLE:
+            return parse(record)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): train again into another `out`") from error
-    if found not in READABLE:
-        raise RunError(
-            f"{path} is of run format {found!r}; this coldtap reads formats 1 to {FORMAT}: use the coldtap that "
-            "wrote it, or train again into another `out`"
-        )
-    return dict(record)
-
-
-def _parsed[T](path: Path, parse: Callable[[Mapping[str, Any]], T], record: Mapping[str, Any]) -> T:
-    try:
-        return parse(record)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{path} is damaged ({error!r}): train again into another `out`") from error
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, CorruptStoreError) as error:
+        raise RunError(f"{where} is damaged ({error!r}): train again into another `out`") from error
+    raise RunError(
+        f"{where} is of run format {found!r}; this coldtap reads formats 1 to {FORMAT}: use the coldtap that wrote "
+        "it, or train again into another `out`"
+    )
 
 
 def write_run(
-    folder: Path,
+    run: Storage,
     info: RunInfo,
     *,
     weights: bytes,
@@ -97,21 +92,21 @@ def write_run(
     Raises:
         MachineError: The disk is full, read-only or refuses.
     """
-    write_file(folder / ADAPTOR, [weights])
+    run.put(ADAPTOR, [weights])
     if compensation is not None:
-        write_file(folder / COMPENSATION, [compensation])
-    write_file(folder / EPOCHS, [epochs_csv(epochs)])
-    write_info(folder, info)
+        run.put(COMPENSATION, [compensation])
+    run.put(EPOCHS, [epochs_csv(epochs)])
+    write_info(run, info)
 
 
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(run: Storage) -> dict[str, torch.Tensor]:
     """Return the weights of a run that this process has just read or written."""
-    return load_file(folder / ADAPTOR)
+    return load(run.get(ADAPTOR, limit=None))
 
 
-def write_info(folder: Path, info: RunInfo) -> None:
+def write_info(run: Storage, info: RunInfo) -> None:
     """Write `run.json`."""
-    write_file(folder / RUN, [readable_json(info.to_dict())])
+    run.put(RUN, [readable_json(info.to_dict())])
 
 
 def epochs_csv(epochs: Sequence[EpochRecord]) -> bytes:
@@ -122,18 +117,19 @@ def epochs_csv(epochs: Sequence[EpochRecord]) -> bytes:
     return "\n".join([",".join(names), *lines, ""]).encode()
 
 
-def read_epochs(folder: Path) -> tuple[EpochRecord, ...]:
+def read_epochs(run: Place) -> tuple[EpochRecord, ...]:
     """Return the epochs of a finished run, of any readable format.
 
     Raises:
         RunError: `epochs.csv` is missing or damaged.
     """
-    path = folder / EPOCHS
+    storage = storage_at(run)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return tuple(_epoch(line) for line in csv.DictReader(file))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}): train again into another `out`") from error
+        lines = storage.get(EPOCHS).decode().splitlines()
+        return tuple(_epoch(line) for line in csv.DictReader(lines))
+    except (OSError, ValueError, KeyError, TypeError, CorruptStoreError) as error:
+        where = storage.describe(EPOCHS)
+        raise RunError(f"{where} cannot be read ({error}): train again into another `out`") from error
 
 
 def _epoch(line: Mapping[str, str]) -> EpochRecord:

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from coldtap.adaptors.data.epoch_order import Shuffle
 from coldtap.errors import RunError
+from coldtap.stores.storage.contract import Storage
 
 type Fit = Literal["train", "train+val"]
 type Keep = Literal["best", "last"]
@@ -64,7 +64,7 @@ def _flat(settings: RunSettings) -> dict[str, Any]:
     return {**fields.pop("options"), **fields}
 
 
-def require_equal(old: RunSettings, new: RunSettings, out: Path) -> None:
+def require_equal(old: RunSettings, new: RunSettings, out: Storage) -> None:
     """Refuse to go on with, or to return, a run of other settings.
 
     Raises:

@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -19,9 +18,10 @@ from coldtap.adaptors.runs.record import EpochRecord
 from coldtap.adaptors.runs.settings import RunSettings
 from coldtap.adaptors.training.learner import Tensors, without_prefix
 from coldtap.adaptors.training.state import TrialState
-from coldtap.errors import RunError
+from coldtap.errors import CorruptStoreError, RunError
 from coldtap.stores.format.canonical import sha256
-from coldtap.stores.storage.atomic import TEMPORARY_SUFFIX, write_file
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 
 FORMAT = 3
 CHECKPOINT = "checkpoint.safetensors"
@@ -38,7 +38,7 @@ class Checkpoint:
     seconds: float
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def write_checkpoint(folder: Storage, checkpoint: Checkpoint) -> None:
     """Write the checkpoint, whole or not at all.
 
     Raises:
@@ -54,23 +54,24 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     )
     # safetensors checks its header only: a digest guards the numbers.
     state = {"format": FORMAT, "sha256": sha256(save(tensors)), **dataclasses.asdict(described)}
-    write_file(folder / CHECKPOINT, [save(tensors, {"coldtap": json.dumps(state)})])
+    folder.put(CHECKPOINT, [save(tensors, {"coldtap": json.dumps(state)})])
 
 
-def read_checkpoint(folder: Path) -> Checkpoint | None:
+def read_checkpoint(folder: Place) -> Checkpoint | None:
     """Return the checkpoint of unfinished trials, None where there is none.
 
     Raises:
         RunError: It is damaged or of another format version.
     """
-    path = folder / CHECKPOINT
+    storage = storage_at(folder)
+    where = storage.describe(CHECKPOINT)
     try:
-        data = path.read_bytes()
+        data = storage.get(CHECKPOINT, limit=None)
         tensors = load(data)
         state = _state_of(data)
         if state["format"] != FORMAT:
             raise RunError(
-                f"{path} is of checkpoint format {state['format']!r}; this coldtap reads format {FORMAT}: go on with "
+                f"{where} is of checkpoint format {state['format']!r}; this coldtap reads format {FORMAT}: go on with "
                 "the coldtap that wrote it, or delete it to start again"
             )
         if state["sha256"] != sha256(save(tensors)):
@@ -80,14 +81,14 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         return Checkpoint(trials=trials, **numbers)
     except FileNotFoundError:
         return None
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}): delete it to start again") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, CorruptStoreError) as error:
+        raise RunError(f"{where} is damaged ({error}): delete it to start again") from error
 
 
-def remove_checkpoint(folder: Path) -> None:
+def remove_checkpoint(folder: Storage) -> None:
     """Remove the checkpoint of finished trials, and what a death in its writing left."""
-    for name in (CHECKPOINT, CHECKPOINT + TEMPORARY_SUFFIX):
-        (folder / name).unlink(missing_ok=True)
+    folder.delete(CHECKPOINT)
+    folder.sweep(CHECKPOINT)
 
 
 def _trial(record: Mapping[str, Any], tensors: Tensors) -> TrialState:
@@ -113,7 +114,7 @@ class CheckpointWriter:
         last: The state after the last epoch, or the last one that was written inside one; None before there is any.
     """
 
-    def __init__(self, folder: Path, found: Checkpoint | None, *, every_s: float) -> None:
+    def __init__(self, folder: Storage, found: Checkpoint | None, *, every_s: float) -> None:
         """Begin to count.
 
         Args:

@@ -22,7 +22,7 @@ from coldtap.stores import Store, open_store
 from coldtap.stores.format.compensation import TapMaps
 from coldtap.stores.format.recipe import differing_fields
 from coldtap.stores.format.same_backbone import differences_beyond_arithmetic
-from coldtap.stores.storage.address import Place, place_of
+from coldtap.stores.storage.address import Place, place_of, storage_at
 from coldtap.stores.storage.contract import Storage
 
 
@@ -35,7 +35,7 @@ class Evaluation:
     store`.
     """
 
-    run: Path
+    run: Path | Storage
     store: Path | Storage
     split: str
     metric: str
@@ -45,7 +45,7 @@ class Evaluation:
 
 
 def evaluate_adaptor(
-    run: str | Path,
+    run: Place,
     store: Store | Place,
     *,
     split: str = "test",
@@ -57,7 +57,7 @@ def evaluate_adaptor(
     """Evaluate a finished run on a split of a store; nothing is written.
 
     Args:
-        run: The run folder.
+        run: The run folder, or its storage.
         store: A store, its path or its storage, with the targets that the run has learnt.
         split: Name of the split.
         compensation: Name of the store's compensation that features go through. Without it, features of the run's own
@@ -76,7 +76,7 @@ def evaluate_adaptor(
     """
     loaded = load_run(run)
     store = store if isinstance(store, Store) else open_store(store)
-    where = Path(run)
+    where = storage_at(run)
     differences = _differences(where, loaded.info, store, across_quantisation)
     if differences and note is not None:
         note(f"{store.storage} is of another arithmetic than {run}: {'; '.join(differences)}")
@@ -92,7 +92,7 @@ def evaluate_adaptor(
         maps=maps,
     )
     return Evaluation(
-        run=where,
+        run=place_of(where),
         store=place_of(store.storage),
         split=split,
         metric=loaded.info.metric,
@@ -102,7 +102,7 @@ def evaluate_adaptor(
     )
 
 
-def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bool) -> list[str]:
+def _differences(run: Storage, info: RunInfo, store: Store, across_quantisation: bool) -> list[str]:
     """The fields of arithmetic in which the two extractors differ.
 
     Raises:
@@ -123,7 +123,7 @@ def _differences(run: Path, info: RunInfo, store: Store, across_quantisation: bo
     return fields
 
 
-def _require_features(run: Path, info: RunInfo, store: Store) -> None:
+def _require_features(run: Storage, info: RunInfo, store: Store) -> None:
     """Refuse a store that lacks what the run reads, or whose targets mean something else."""
     features, target = info.features, info.settings.target
     array = store.arrays.get(features.array)

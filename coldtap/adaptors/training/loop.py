@@ -5,7 +5,6 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,6 +19,7 @@ from coldtap.adaptors.training.split_metrics import evaluate_split
 from coldtap.adaptors.training.state import TrialState
 from coldtap.errors import InterruptedRunError
 from coldtap.stores import Store
+from coldtap.stores.storage.contract import Storage
 
 
 class Progress(Protocol):
@@ -46,7 +46,7 @@ class SharedPass:
         store: Store,
         plans: Sequence[TrialPlan],
         *,
-        out: Path,
+        out: Storage,
         train: FeatureBatches,
         val: FeatureBatches | None,
         device: torch.device,

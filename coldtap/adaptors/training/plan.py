@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from coldtap.adaptors.training.options import TrialOptions
 from coldtap.errors import OptionError
 from coldtap.stores import Store
 from coldtap.stores.format.compensation import TapMaps
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 
 START_STREAM = 0  # random numbers of the start have stream 0, those of step k stream k + 1
 
@@ -38,7 +40,7 @@ class TrialPlan:
     """
 
     asked: TrialOptions
-    folder: Path
+    folder: Storage
     kind: AdaptorKind[Any]
     features: FeatureSpec
     options: Any
@@ -47,7 +49,7 @@ class TrialPlan:
     @property
     def name(self) -> str:
         """What the trial is called."""
-        return self.folder.name
+        return PurePath(str(self.folder)).name
 
     def network(self, store: Store, *, n_classes: int, device: torch.device) -> nn.Module:
         """Build the trial's network with its start, on the device."""
@@ -93,7 +95,7 @@ def batches_for(
     )
 
 
-def plan_trial(store: Store, asked: TrialOptions, *, folder: Path) -> TrialPlan:
+def plan_trial(store: Store, asked: TrialOptions, *, folder: Place) -> TrialPlan:
     """Plan a trial on a store.
 
     Raises:
@@ -127,7 +129,14 @@ def plan_trial(store: Store, asked: TrialOptions, *, folder: Path) -> TrialPlan:
         keep=training.keep,
         compensation=training.compensation,
     )
-    return TrialPlan(asked=asked, folder=folder, kind=kind, features=features, options=options, settings=run_settings)
+    return TrialPlan(
+        asked=asked,
+        folder=storage_at(folder),
+        kind=kind,
+        features=features,
+        options=options,
+        settings=run_settings,
+    )
 
 
 def _require_grid(store: Store, target: str, features: FeatureSpec) -> None:

@@ -23,7 +23,8 @@ from coldtap.adaptors.training.runner import train_planned
 from coldtap.adaptors.training.trials import Trials, train_trials, val_score
 from coldtap.errors import OptionError, RunError, SourceError
 from coldtap.stores import Store, open_store
-from coldtap.stores.storage.address import Place
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 
 type Protocol = Literal["val", "vtab"]
 
@@ -50,7 +51,7 @@ class ProtocolResult:
     setting: Mapping[str, object]
     val: tuple[float, ...]
     test: tuple[float, ...]
-    runs: tuple[Path, ...]
+    runs: tuple[Path | Storage, ...]
     parameters: int
     bytes_per_sample: float
     seconds: float
@@ -62,7 +63,7 @@ def run_protocol(
     trials: Sequence[Mapping[str, object]],
     *,
     protocol: str = "val",
-    out: str | Path,
+    out: Place,
     seeds: int = 1,
     training: TrainingOptions | None = None,
     settings: Mapping[str, object] | None = None,
@@ -79,7 +80,7 @@ def run_protocol(
         adaptor: The name of an adaptor, or `module:NAME`.
         trials: The settings to choose from, as `train_trials` takes them.
         protocol: `val` or `vtab`.
-        out: Folder of all runs.
+        out: Folder, or storage, of all runs.
         seeds: Number of seeds of the result.
         training: How all are trained.
         settings: The adaptor's options that all have.
@@ -95,7 +96,7 @@ def run_protocol(
         RunError: Every trial, or a refitted one, has diverged; or as `train_trials` does.
     """
     store = store if isinstance(store, Store) else open_store(store)
-    out, training = Path(out), training or TrainingOptions()
+    folder, training = storage_at(out), training or TrainingOptions()
     if protocol not in PROTOCOLS:
         raise OptionError(f"protocol={protocol}: it must be one of {', '.join(PROTOCOLS)}")
     if "test" not in store.splits:
@@ -115,7 +116,7 @@ def run_protocol(
         store,
         adaptor,
         trials,
-        out=out / SEARCH if two_stages else out,
+        out=folder.below(SEARCH) if two_stages else folder,
         seeds=1 if two_stages else seeds,
         training=replace(training, keep="last") if two_stages else training,
         settings=settings,
@@ -127,25 +128,26 @@ def run_protocol(
     if not two_stages:
         runs = [(result.path, result.info) for result in searched.chosen if result.info is not None]
         return _result(searched, runs, seconds)
-    plans = _refits(store, searched.chosen[0].setting, seeds, out / REFIT)
-    refitted = train_planned(store, plans, out=out / REFIT, device=choose_device(device), test=True, **how)
+    refits = folder.below(REFIT)
+    plans = _refits(store, searched.chosen[0].setting, seeds, refits)
+    refitted = train_planned(store, plans, out=refits, device=choose_device(device), test=True, **how)
     if failed := [result for result in refitted if result.info is None]:
         raise RunError(f"{failed[0].path}: {failed[0].failure}")
     runs = [(result.path, result.info) for result in refitted if result.info is not None]
     return _result(searched, runs, seconds + sum(result.seconds for result in refitted))
 
 
-def _refits(store: Store, chosen: TrialOptions, seeds: int, out: Path) -> list[TrialPlan]:
+def _refits(store: Store, chosen: TrialOptions, seeds: int, out: Storage) -> list[TrialPlan]:
     """Return plans of the chosen setting on train and val together, one per seed."""
     first = chosen.training
     again = [
         replace(chosen, training=replace(first, seed=seed, order_seed=first.order_seed, fit="train+val"))
         for seed in range(first.seed, first.seed + seeds)
     ]
-    return [plan_trial(store, each, folder=out / each.name) for each in again]
+    return [plan_trial(store, each, folder=out.below(each.name)) for each in again]
 
 
-def _result(searched: Trials, runs: Sequence[tuple[Path, RunInfo]], seconds: float) -> ProtocolResult:
+def _result(searched: Trials, runs: Sequence[tuple[Path | Storage, RunInfo]], seconds: float) -> ProtocolResult:
     first = runs[0][1]
     return ProtocolResult(
         metric=first.metric,

@@ -10,7 +10,7 @@ import torch
 from coldtap.adaptors.data.batches import FeatureBatches
 from coldtap.adaptors.data.devices import free_gpu_bytes
 from coldtap.adaptors.data.memory import available_memory_bytes
-from coldtap.adaptors.runs.out_folder import make_folder, sole_writer
+from coldtap.adaptors.runs.out_folder import sole_writer
 from coldtap.adaptors.runs.record import Failure, RunInfo
 from coldtap.adaptors.runs.run_folder import read_failure, read_run, write_failure
 from coldtap.adaptors.runs.settings import require_equal
@@ -24,6 +24,8 @@ from coldtap.adaptors.training.store_checks import require_something_to_learn, r
 from coldtap.adaptors.training.trial_memory import TrialMemory, forecast_trial, how_many_fit
 from coldtap.errors import InterruptedRunError
 from coldtap.stores import Store
+from coldtap.stores.storage.address import place_of
+from coldtap.stores.storage.contract import Storage
 
 type Note = Callable[[str], None]
 
@@ -45,9 +47,9 @@ class TrialResult:
     was_finished: bool = field(default=False, compare=False)
 
     @property
-    def path(self) -> Path:
-        """The run folder."""
-        return self.plan.folder
+    def path(self) -> Path | Storage:
+        """The run folder, or its storage."""
+        return place_of(self.plan.folder)
 
     @property
     def setting(self) -> TrialOptions:
@@ -59,7 +61,7 @@ def train_planned(
     store: Store,
     plans: Sequence[TrialPlan],
     *,
-    out: Path,
+    out: Storage,
     device: torch.device,
     resident: bool | None,
     test: bool,
@@ -86,7 +88,6 @@ def train_planned(
         InterruptedRunError: Ctrl-C; what was done is kept.
     """
     trainer = _Trainer(store, out, device, resident, test, progress, note or (lambda _: None), checkpoint_every_s)
-    make_folder(out)
     with sole_writer(out):
         results = {plan.name: found for plan in plans if (found := _ended_before(plan)) is not None}
         checkpoint = read_checkpoint(out)
@@ -111,7 +112,7 @@ def _ended_before(plan: TrialPlan) -> TrialResult | None:
     return None
 
 
-def _begun(checkpoint: Checkpoint, plans: Sequence[TrialPlan], out: Path) -> list[TrialPlan]:
+def _begun(checkpoint: Checkpoint, plans: Sequence[TrialPlan], out: Storage) -> list[TrialPlan]:
     """The trials that an interrupted call was at, in its order; folders of some of them may be written already.
 
     Raises:
@@ -144,7 +145,7 @@ class _Trainer:
     def __init__(
         self,
         store: Store,
-        out: Path,
+        out: Storage,
         device: torch.device,
         resident: bool | None,
         test: bool,

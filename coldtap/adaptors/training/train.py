@@ -18,7 +18,8 @@ from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
-from coldtap.stores.storage.address import Place
+from coldtap.stores.storage.address import Place, storage_at
+from coldtap.stores.storage.contract import Storage
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class RunResult:
     `resumed_after` is the number of epochs that an earlier, interrupted call had done.
     """
 
-    path: Path
+    path: Path | Storage
     info: RunInfo
     resumed_after: int
     was_finished: bool
@@ -38,7 +39,7 @@ def train_adaptor(
     store: Store | Place,
     adaptor: str = "mist",
     *,
-    out: str | Path,
+    out: Place,
     epochs: int = 100,
     lr: float | None = None,
     batch_size: int = 32,
@@ -67,7 +68,8 @@ def train_adaptor(
     Args:
         store: A store, its path or its storage.
         adaptor: The name of an adaptor, or `module:NAME`.
-        out: The run folder. A finished run of equal settings is returned as it is, an unfinished one goes on.
+        out: The run folder, or its storage. A finished run of equal settings is returned as it is, an
+            unfinished one goes on.
         epochs: Passes over the train split.
         lr: Peak learning rate; None is the adaptor's own default.
         batch_size: Samples a step.
@@ -98,7 +100,7 @@ def train_adaptor(
         InterruptedRunError: Ctrl-C; what was done is kept.
     """
     store = store if isinstance(store, Store) else open_store(store)
-    out = Path(out)
+    folder = storage_at(out)
     training = TrainingOptions(
         epochs=epochs,
         lr=lr,
@@ -118,8 +120,8 @@ def train_adaptor(
     asked = TrialOptions(adaptor=adaptor, training=training, options=settings or {})
     result = train_planned(
         store,
-        [plan_trial(store, asked, folder=out)],
-        out=out,
+        [plan_trial(store, asked, folder=folder)],
+        out=folder,
         device=choose_device(device),
         resident=resident,
         test=True,
@@ -130,5 +132,7 @@ def train_adaptor(
     if result.info is None:
         raise RunError(f"{result.failure}, into another `out`")
     if result.was_finished:
-        remove_checkpoint(out)
-    return RunResult(path=out, info=result.info, resumed_after=result.resumed_after, was_finished=result.was_finished)
+        remove_checkpoint(folder)
+    return RunResult(
+        path=result.path, info=result.info, resumed_after=result.resumed_after, was_finished=result.was_finished
+    )

@@ -19,8 +19,8 @@ from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import TrialResult, train_planned
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
-from coldtap.stores.storage.address import Place
-from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.storage.address import Place, place_of, storage_at
+from coldtap.stores.storage.contract import Storage
 from coldtap.text import text_table
 
 TABLE = "trials.csv"
@@ -31,7 +31,7 @@ PICTURE = "trials.png"
 class Trials:
     """All trials in the order in which they were asked for, and those of the setting that val chose, a seed each."""
 
-    path: Path
+    path: Path | Storage
     results: tuple[TrialResult, ...]
     chosen: tuple[TrialResult, ...]
 
@@ -41,7 +41,7 @@ def train_trials(
     adaptor: str,
     trials: Sequence[Mapping[str, object]],
     *,
-    out: str | Path,
+    out: Place,
     seeds: int = 1,
     training: TrainingOptions | None = None,
     settings: Mapping[str, object] | None = None,
@@ -64,7 +64,7 @@ def train_trials(
         adaptor: The name of an adaptor, or `module:NAME`.
         trials: Of each its own settings by name: the adaptor's options, or those of `TRAINING_KEYS`. `expand_grid`
             makes them of a grid; an optimiser such as Optuna asks for them.
-        out: Folder of the trials' run folders and of their table. Called again, it does what is left.
+        out: Folder, or storage, of the trials' run folders and of their table. Called again, it does what is left.
         seeds: Number of seeds: `training.seed` and those after it. They decide start and dropout, not the order.
         training: How all of them are trained.
         settings: The adaptor's options that all have.
@@ -84,15 +84,15 @@ def train_trials(
         InterruptedRunError: Ctrl-C; what was done is kept.
     """
     store = store if isinstance(store, Store) else open_store(store)
-    out = Path(out)
+    folder = storage_at(out)
     kind, place = adaptor_kind(adaptor), choose_device(device)
     asked = trial_options(
         adaptor, kind.options, trials, training=training or TrainingOptions(), options=settings or {}, seeds=seeds
     )
     results = train_planned(
         store,
-        [plan_trial(store, each, folder=out / each.name) for each in asked],
-        out=out,
+        [plan_trial(store, each, folder=folder.below(each.name)) for each in asked],
+        out=folder,
         device=place,
         resident=resident,
         test=False,
@@ -106,12 +106,13 @@ def train_trials(
         tested = add_test(store, [results[number].plan for number in chosen], infos, place)
         for number, info in zip(chosen, tested, strict=True):
             results[number] = replace(results[number], info=info)
-    write_file(out / TABLE, [table_csv(results, chosen)])
-    _draw(out, results, chosen, f"{adaptor} on {store.name}", note)
+    folder.put(TABLE, [table_csv(results, chosen)])
+    _draw(folder, results, chosen, f"{adaptor} on {store.name}", note)
     if not chosen:
         reason = next(result.failure for result in results if result.failure is not None)
-        raise RunError(f"every setting has a trial without a result; {out / TABLE} says why; the first: {reason}")
-    return Trials(path=out, results=tuple(results), chosen=tuple(results[number] for number in chosen))
+        table = folder.describe(TABLE)
+        raise RunError(f"every setting has a trial without a result; {table} says why; the first: {reason}")
+    return Trials(path=place_of(folder), results=tuple(results), chosen=tuple(results[number] for number in chosen))
 
 
 def choose(results: Sequence[TrialResult]) -> list[int]:
@@ -133,18 +134,18 @@ def val_score(result: TrialResult) -> float:
 
 
 def _draw(
-    out: Path,
+    folder: Storage,
     results: Sequence[TrialResult],
     chosen: Sequence[int],
     title: str,
     note: Callable[[str], None] | None,
 ) -> None:
     """Draw the val scores of all trials that have a result."""
-    found = {result.path.name: result.info for result in results if result.info is not None}
-    curves = {name: read_epochs(out / name) for name in found}
-    metric = next((info.metric for info in found.values()), "")
-    names = [results[number].path.name for number in chosen]
-    draw_picture(out / PICTURE, lambda: draw_trials(curves, chosen=names, title=title, metric=metric), note)
+    found = [result for result in results if result.info is not None]
+    curves = {result.plan.name: read_epochs(result.plan.folder) for result in found}
+    metric = next((result.info.metric for result in found if result.info), "")
+    names = [results[number].plan.name for number in chosen]
+    draw_picture(folder, PICTURE, lambda: draw_trials(curves, chosen=names, title=title, metric=metric), note)
 
 
 def table_rows(results: Sequence[TrialResult], chosen: Sequence[int]) -> tuple[list[str], list[list[str]]]:

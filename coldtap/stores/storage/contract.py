@@ -181,6 +181,12 @@ class Storage(ABC):
     def __str__(self) -> str:
         return self.describe()
 
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and str(self) == str(other)
+
+    def __hash__(self) -> int:
+        return hash(str(self))
+
     @abstractmethod
     def describe(self, key: str = "") -> str:
         """Return what a message calls an object, or the root: a path, or a URL without its query."""

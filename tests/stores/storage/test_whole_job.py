@@ -5,8 +5,18 @@ import pickle
 import numpy as np
 import pytest
 
-from coldtap.adaptors.training.train import train_adaptor
-from coldtap.errors import CorruptStoreError, OptionError, RecipeMismatchError, StoreError, StoreLockedError
+from coldtap.adaptors import evaluate_adaptor, load_adaptor, read_run, train_adaptor, train_trials
+from coldtap.adaptors.training.checkpoint import CHECKPOINT
+from coldtap.adaptors.training.options import TrainingOptions
+from coldtap.errors import (
+    CorruptStoreError,
+    InterruptedRunError,
+    OptionError,
+    RecipeMismatchError,
+    RunError,
+    StoreError,
+    StoreLockedError,
+)
 from coldtap.stores import open_store
 from coldtap.stores.compensation.fit import fit_compensation
 from coldtap.stores.convert.convert import convert_store
@@ -123,13 +133,62 @@ def test_one_job_at_a_time_writes_to_a_storage(images):
     assert cache(images, storage).status == "written"
 
 
-def test_a_training_from_memory_is_that_from_a_disk(tmp_path, images):
+def test_a_training_in_memory_is_that_on_a_disk(tmp_path, images):
     storage = MemoryStorage()
-    cache(images, storage)
+    store, out = storage.below("store"), storage.below("run")
+    cache(images, store)
     cache(images, tmp_path / "s")
-    ours, theirs = (
-        train_adaptor(store, "linear", out=tmp_path / out, **TRAINING)
-        for store, out in ((storage, "ours"), (tmp_path / "s", "theirs"))
-    )
+    ours = train_adaptor(store, "linear", out=out, **TRAINING)
+    theirs = train_adaptor(tmp_path / "s", "linear", out=tmp_path / "run", **TRAINING)
+    assert (ours.path, theirs.path) == (out, tmp_path / "run")
     assert ours.info.metrics == theirs.info.metrics
-    assert files(tmp_path / "ours")["adaptor.safetensors"] == files(tmp_path / "theirs")["adaptor.safetensors"]
+    written, on_disk = contents(out), files(tmp_path / "run")
+    assert set(written) == set(on_disk)
+    for name in ("adaptor.safetensors", "predictions.parquet"):
+        assert written[name] == on_disk[name]
+    again = train_adaptor(store, "linear", out=out, **TRAINING)
+    assert again.was_finished
+    assert again.info == ours.info == read_run(out)
+    here, there = evaluate_adaptor(out, store, device="cpu"), evaluate_adaptor(theirs.path, store, device="cpu")
+    assert here.metrics == there.metrics == ours.info.metrics["test"]
+    assert (here.run, there.run) == (out, tmp_path / "run")
+    loaded, kept = load_adaptor(out)[0].state_dict(), load_adaptor(tmp_path / "run")[0].state_dict()
+    assert all((loaded[name] == kept[name]).all() for name in kept)
+    with pytest.raises(RunError, match=r"memory://.*/run holds a run of other settings"):
+        train_adaptor(store, "linear", out=out, **TRAINING | {"epochs": 3})
+    with pytest.raises(RunError, match="is a store"):
+        train_adaptor(store, "linear", out=store, **TRAINING)
+    with out.lock(named=False), pytest.raises(RunError, match=r"another training writes into memory://"):
+        train_adaptor(store, "linear", out=out, **TRAINING)
+
+
+def test_an_interrupted_training_in_memory_goes_on(images):
+    storage = MemoryStorage()
+    store, out = storage.below("store"), storage.below("run")
+    cache(images, store)
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedRunError):
+        train_adaptor(store, "linear", out=out, progress=stop, checkpoint_every_s=0, **TRAINING)
+    assert list(out.list()) == [CHECKPOINT]
+    undisturbed = train_adaptor(store, "linear", out=storage.below("other"), **TRAINING)
+    resumed = train_adaptor(store, "linear", out=out, **TRAINING)
+    assert resumed.resumed_after == 1
+    assert CHECKPOINT not in out.list()
+    assert resumed.info.metrics == undisturbed.info.metrics
+
+
+def test_trials_in_memory_have_run_folders_a_table_and_a_choice(images):
+    storage = MemoryStorage()
+    store, out = storage.below("store"), storage.below("trials")
+    cache(images, store)
+    training = TrainingOptions(epochs=2, batch_size=4)
+    trials = train_trials(store, "linear", [{"lr": 0.1}, {"lr": 0.001}], out=out, training=training, device="cpu")
+    assert trials.path == out
+    written = {key.partition("/")[0] for key in out.list()}
+    assert written == {*(result.plan.name for result in trials.results), "trials.csv", "trials.png"}
+    (chosen,) = trials.chosen
+    assert read_run(chosen.path) == chosen.info
+    assert set(chosen.info.metrics) == {"val", "test"}

@@ -28,7 +28,7 @@ from coldtap.pipeline.backbones.integer.scheme import Scheme
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.stores.compensation.channel_affine import ChannelAffine
 from coldtap.stores.format.canonical import sha256
-from coldtap.stores.storage.atomic import write_file
+from coldtap.stores.storage.local import LocalStorage
 
 FORMAT = 1
 KEY = "coldtap"
@@ -129,7 +129,7 @@ def write_artefact(path: Path, model: nn.Module, about: About) -> str:
     said = {"format": FORMAT, **asdict(about), "layers": layers, "qwt_strides": strides}
     metadata = {KEY: json.dumps(said, sort_keys=True, separators=(",", ":"))}
     data = save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, metadata)
-    write_file(path, [data])
+    LocalStorage(path.parent).put(path.name, [data])
     return sha256(data)
 
 
@@ -140,15 +140,15 @@ def read_artefact(path: Path) -> Artefact:
         ModelError: there is no such file, or it is none that this version reads.
     """
     try:
-        data = path.read_bytes()
+        data = LocalStorage(path.parent).get(path.name, limit=None)
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file; `coldtap quantize` makes one") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     try:
         tensors = load_tensors(data)
-        with safetensors.safe_open(str(path), "pt") as file:
-            said = json.loads((file.metadata() or {})[KEY])
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        said = json.loads(header["__metadata__"][KEY])
         if (found := said.pop("format")) != FORMAT:
             raise ModelError(f"{path} has format {found}; this version of coldtap reads {FORMAT}")
         layers, strides, about = said.pop("layers"), said.pop("qwt_strides"), About(**said)
