@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -42,23 +41,13 @@ def measure_backbone(folder: Path) -> float:
     from coldtap.pipeline.backbones.backbone import load_backbone
     from coldtap.pipeline.backbones.batch_size import choose_batch_size
     from coldtap.pipeline.images.decode_ahead import Decoder, Sample
-    from coldtap.pipeline.images.preprocess import Augmentation
     from coldtap.pipeline.images.sources import open_source
 
     source, backbone, n_threads = open_source(folder), load_backbone("coldtap/vit-reference"), os.cpu_count() or 1
     size = choose_batch_size(backbone)
     train = [sample for sample, split in enumerate(source.listing.splits) if split == "train"]
     samples = [Sample(index) for index in train[: SLICE + size]]
-    with ThreadPoolExecutor(n_threads) as pool:
-        decoder = Decoder(
-            source=source,
-            preprocess=backbone.preprocess,
-            augmentation=Augmentation(),
-            seed=0,
-            batch_size=size,
-            pool=pool,
-            n_threads=n_threads,
-        )
+    with Decoder(source=source, preprocess=backbone.preprocess, batch_size=size, n_threads=n_threads) as decoder:
         n_images, began = 0, time.perf_counter()
         for number, batch in enumerate(decoder.batches(samples)):
             backbone(torch.from_numpy(batch.pixels))

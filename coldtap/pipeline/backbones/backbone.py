@@ -24,66 +24,27 @@ from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
 from coldtap.pipeline.plan.options import ExtractorOptions, Precision
-from coldtap.stores.format.extractor import ExtractorPart
-from coldtap.stores.format.geometry import Geometry
-from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import differing_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """A model in eval mode on its device, with its taps.
+class Backbone(BackboneDescription):
+    """A described backbone that runs: a model in eval mode on its device, with its taps.
 
     Attributes:
-        architecture: timm's name without a pretrained tag, or the class of a module from Python.
         module: the model itself.
         taps: reads (batch, token, channel) tensors out of a forward pass.
-        geometries: the geometry of each tap by index.
-        preprocess: how an image becomes its input.
-        precision: dtype of weights and activations.
-        weights: SHA-256 of the float32 weights.
-        norm: the final norm, as data.
-        quantisation: what the recipe says of a quantised backbone's artefact; None of a float one.
+        device: that has the model.
         kernel: that a quantised backbone runs on, and why.
     """
 
-    architecture: str
     module: nn.Module
     taps: TapReader
-    geometries: Mapping[int, Geometry]
-    preprocess: Preprocess
-    precision: Precision
     device: torch.device
-    weights: str
-    norm: FinalNorm | None
-    quantisation: Mapping[str, str] | None = None
     kernel: KernelChoice | None = None
 
-    @property
-    def depth(self) -> int:
-        """N, the index of the last tap."""
-        return len(self.geometries) - 1
-
-    def extractor(self) -> ExtractorPart:
-        """The extractor part of a recipe: all that decides what a tap's numbers mean."""
-        return self.describe().extractor()
-
-    def describe(self) -> BackboneDescription:
-        """What a plan has to know of it."""
-        return BackboneDescription(
-            architecture=self.architecture,
-            weights=self.weights,
-            precision=self.precision,
-            preprocess=self.preprocess,
-            tap_names=tuple(self.taps.names()),
-            geometries=self.geometries,
-            stages=self.taps.stages,
-            norm=self.norm,
-            quantisation=self.quantisation,
-        )
-
     def __call__(self, pixels: Tensor) -> list[Tensor]:
-        """All taps of images.
+        """Run a forward pass and return all taps.
 
         Args:
             pixels: (batch, channel, height, width) uint8, resized and cropped, on any device.
@@ -120,15 +81,7 @@ def load_backbone(
     quantised: Path | None = None,
     kernel: str = "auto",
 ) -> Backbone:
-    """Load a backbone for extraction: `load_from_options`, with the options of `ExtractorOptions` one by one.
-
-    `taps` are its `tap_names`.
-
-    Raises:
-        ModelError: the model, its weights or its taps cannot be used.
-        MachineError: a GPU is asked for where there is none.
-        OptionError: an option has no such value.
-    """
+    """Load a backbone as `load_from_options` does; `taps` are the `tap_names` of its options."""
     return load_from_options(
         ExtractorOptions(
             model=model,
@@ -192,15 +145,17 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
             ) from error
     return Backbone(
         architecture=architecture,
-        module=module,
-        taps=reader,
-        geometries=geometries,
-        preprocess=how,
-        precision=precision,
-        device=place,
         weights=digest,
+        precision=precision,
+        preprocess=how,
+        tap_names=tuple(reader.names()),
+        geometries=geometries,
+        stages=reader.stages,
         norm=norm,
         quantisation=None if artefact is None else artefact.identity(),
+        module=module,
+        taps=reader,
+        device=place,
         kernel=choice,
     )
 

@@ -160,6 +160,11 @@ class RunOptions:
     allow_mixed: bool = False
     dry_run: bool = False
 
+    @property
+    def fails_on_bad_image(self) -> bool:
+        """Whether the first bad image ends the job."""
+        return self.on_bad_image == "fail"
+
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:
             raise OptionError(f"`batch_size={self.batch_size}`: give at least 1 image")

@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -53,8 +53,8 @@ def run_on_workers(
     *,
     advance: Callable[[int], None],
     stop: threading.Event,
-) -> Iterator[JournalLine]:
-    """Journal lines of blocks as they finish; a few per worker at a time.
+) -> Generator[JournalLine]:
+    """Yield journal lines of blocks as they finish; a few per worker at a time.
 
     Leaving the iteration stops the blocks in flight at their next batch, and ends the processes.
 
