@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coldtap.cli.errors import in_flags
-from coldtap.cli.options import Checkpoint, Device, RandomWeights
+from coldtap.cli.options import BatchSize, Checkpoint, Device, Epochs, RandomWeights, WeightDecay
 from coldtap.cli.train import parse_grid, parse_pairs
 from coldtap.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
 from coldtap.stores.writing.stopping import sigterm_interrupts
@@ -49,9 +49,9 @@ def benchmark(
         list[str] | None, typer.Option("--set", help="An option of one adaptor, such as last.rank=8; repeat it.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds of each result.")] = 3,
-    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
+    epochs: Epochs = 100,
+    batch_size: BatchSize = 32,
+    weight_decay: WeightDecay = 0.05,
     model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
     checkpoint: Checkpoint = None,
     random_weights: RandomWeights = False,
@@ -123,7 +123,7 @@ def _require_room(folder: Path, out: Path, jobs: int) -> None:
 
 
 def _forecast(asked: "Benchmark") -> None:
-    """Prints what each store would take."""
+    """Print what each store would take."""
     from coldtap.cli.progress import BenchmarkDisplay
     from coldtap.workflows.benchmark.rules import settled_rules
     from coldtap.workflows.benchmark.run import cache_dataset

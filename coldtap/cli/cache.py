@@ -2,15 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coldtap.cli.options import AsJson, Checkpoint, Device, InputSize, RandomWeights
+from coldtap.cli.job_texts import as_dict, sentence
+from coldtap.cli.options import (
+    AsJson,
+    Checkpoint,
+    Device,
+    DryRun,
+    InputSize,
+    Layout,
+    MaxError,
+    RandomWeights,
+    Tier,
+)
 from coldtap.stores.writing.stopping import sigterm_interrupts
-from coldtap.text import show_bytes, show_seconds
 
-TRIPLE = "three numbers with commas, one a channel"
+TRIPLE = "three numbers with commas, one per channel"
 
 
 def cache_features(
@@ -44,18 +54,12 @@ def cache_features(
     sum_at: Annotated[
         str | None, typer.Option(help="Keep z0 + … + zk at these k, such as 6,12. Default: the last tap.")
     ] = None,
-    tier: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16, or int8: codes with a bounded error.")
-    ] = "float16",
-    layout: Annotated[
-        str | None, typer.Option(help="Of int8: compact (zstd; the default) or fast (twice the speed, a third larger).")
-    ] = None,
+    tier: Tier = "float16",
+    layout: Layout = None,
     snr: Annotated[
         float | None, typer.Option(help="Of int8: signal to noise in every channel, in dB. Default: 30.")
     ] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Of int8, instead: largest error of a value, in deviations of its channel.")
-    ] = None,
+    max_error: MaxError = None,
     precision: Annotated[str, typer.Option(help="Of the backbone: float32, bfloat16 or float16.")] = "float32",
     split: Annotated[
         list[str] | None, typer.Option(help="train, val or test; repeat it for several. Default: all.")
@@ -77,9 +81,7 @@ def cache_features(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Go on although device, torch, timm or batch size are others now.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the forecast of bytes and time, write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Run a frozen backbone over SOURCE once and keep its features in STORE.
@@ -129,9 +131,9 @@ def cache_features(
             reporter=progress,
         )
     if as_json:
-        print(json.dumps(_as_dict(report), indent=1))
+        print(json.dumps(as_dict(report), indent=1))
     else:
-        print(_sentence(report))
+        print(sentence(report))
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -143,31 +145,3 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise OptionError(f"{option} {text}: expected {TRIPLE}, such as 0.5,0.5,0.5") from None
-
-
-def _as_dict(report: Any) -> dict[str, Any]:
-    ahead = report.forecast
-    return {
-        "store": str(report.store),
-        "status": report.status,
-        "digest": report.digest,
-        "rows": report.n_rows,
-        "rejected": report.n_rejected,
-        "forecast": ahead
-        and {"rows": ahead.n_rows, "bytes": ahead.n_bytes, "seconds": ahead.seconds, "free_bytes": ahead.free_bytes},
-    }
-
-
-def _sentence(report: Any) -> str:
-    rejected = f", {report.n_rejected} rejected (see rejected.parquet)" if report.n_rejected else ""
-    match report.status:
-        case "forecast":
-            ahead = report.forecast
-            size, time = show_bytes(ahead.n_bytes), show_seconds(ahead.seconds)
-            return f"would write {ahead.n_rows} rows, {size}, in about {time} to {report.store}; nothing was written"
-        case "unchanged":
-            return f"{report.store} is complete: {report.n_rows} rows{rejected}; nothing to do"
-        case "relabelled":
-            return f"{report.store} is complete: {report.n_rows} rows{rejected}; its labels were replaced"
-        case _:
-            return f"{report.store}: {report.n_rows} rows{rejected}; digest {report.digest}"

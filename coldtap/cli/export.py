@@ -6,14 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.options import AsJson
+from coldtap.cli.options import AsJson, FinishedRun
 from coldtap.text import show_bytes
 
 FORMATS = ("onnx",)
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    run: FinishedRun,
     to: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file. Default: adaptor.onnx in the run folder.")] = None,
     as_json: AsJson = False,

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -65,6 +65,7 @@ def quantize(
 ) -> None:
     """Quantise a backbone, compensate it, and write it as one file for `cache-features --quantized`."""
     from coldtap.cli.progress import UnitProgress
+    from coldtap.pipeline.quantisation.compensation.site_table import site_table
     from coldtap.pipeline.quantisation.quantize import quantize as run
     from coldtap.stores.writing.stopping import sigterm_interrupts
 
@@ -93,15 +94,8 @@ def quantize(
         print(json.dumps({**asdict(report), "path": str(report.path)}, indent=1))
         return
     if report.fits:
-        print(_table(report.fits))
+        print(site_table(report.fits))
     print(
         f"{report.path}: {report.n_layers} layers in {scheme}, {show_bytes(report.n_bytes)} (float32: "
         f"{show_bytes(report.float_bytes)}); digest {report.digest}"
     )
-
-
-def _table(fits: Any) -> str:
-    """What the compensation does, a line a site."""
-    from coldtap.pipeline.quantisation.compensation.site_table import site_table
-
-    return site_table(fits)

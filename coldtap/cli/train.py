@@ -1,13 +1,21 @@
 """`train-adaptor STORE --adaptor NAME --out DIR`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from coldtap.cli.epoch_lines import EpochLines
-from coldtap.cli.options import AsJson, Device
+from coldtap.cli.options import (
+    AsJson,
+    BatchSize,
+    CompleteStore,
+    Device,
+    Epochs,
+    WeightDecay,
+)
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -15,16 +23,16 @@ if TYPE_CHECKING:
 
 
 def train_adaptor(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
+    store: CompleteStore,
     adaptor: Annotated[
         str,
         typer.Option(help="linear, attentive, head2toe, mist, ladder, combo or last; or module:NAME of your own."),
     ],
     out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with; of trials, their folder.")],
-    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
+    epochs: Epochs = 100,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the adaptor's own.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
+    batch_size: BatchSize = 32,
+    weight_decay: WeightDecay = 0.05,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.0,
     patience: Annotated[
@@ -147,9 +155,8 @@ def _print_trials(trials: "Trials", adaptor: str, as_json: bool) -> None:
     from coldtap.adaptors import trials_table
 
     print(trials_table(trials))
-    print(
-        f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {_named(trials.chosen[0].setting)}"
-    )
+    best = _named(trials.chosen[0].setting.varied)
+    print(f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {best}")
 
 
 def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
@@ -164,8 +171,8 @@ def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _named(setting: Any) -> str:
-    return ", ".join(f"{name}={value}" for name, value in setting.varied.items()) or "the one setting"
+def _named(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.items()) or "the one setting"
 
 
 def _print_protocol(result: "ProtocolResult", adaptor: str, protocol: str, out: Path, as_json: bool) -> None:
@@ -176,15 +183,14 @@ def _print_protocol(result: "ProtocolResult", adaptor: str, protocol: str, out: 
         print(json.dumps({**fields, "runs": [str(run) for run in result.runs]}, indent=1))
         return
     mean, deviation = mean_and_deviation(result.test)
-    chosen = ", ".join(f"{name}={value}" for name, value in result.setting.items()) or "the one setting"
     print(
         f"{out}: {adaptor} by protocol {protocol}: test {result.metric} {mean:.4f} ± {deviation:.4f} over "
-        f"{len(result.test)} seeds; chosen on val ({mean_and_deviation(result.val)[0]:.4f}): {chosen}"
+        f"{len(result.test)} seeds; chosen on val ({mean_and_deviation(result.val)[0]:.4f}): {_named(result.setting)}"
     )
 
 
 def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
-    """Parses NAME=VALUE options of the command line.
+    """Parse NAME=VALUE options of the command line.
 
     Raises:
         OptionError: One is not such a pair.
@@ -203,7 +209,7 @@ def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
 
 
 def parse_grid(pairs: list[str]) -> dict[str, list[str]]:
-    """Parses NAME=VALUE,VALUE options of the command line.
+    """Parse NAME=VALUE,VALUE options of the command line.
 
     Raises:
         OptionError: One is not of that form.

@@ -1,8 +1,7 @@
 """A frozen backbone: what it is, what it gives, and by what it is known."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from coldtap.pipeline.backbones.integer.load import build_quantised
 from coldtap.pipeline.backbones.integer.run_on import run_on
 from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.backbones.taps import TapReader, geometries_of, read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
@@ -55,17 +55,6 @@ class Backbone(BackboneDescription):
         with torch.inference_mode(), exact_float32():
             images = normalise(pixels.to(self.device), self.preprocess, getattr(torch, self.precision))
             return self.taps(images)
-
-
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Run float32 products in float32: TF32 would keep 10 bits of mantissa."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def load_backbone(

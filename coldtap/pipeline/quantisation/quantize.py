@@ -9,11 +9,12 @@ from typing import Any, Literal, Protocol, get_args
 from torch import nn
 
 from coldtap.errors import ModelError, OptionError
-from coldtap.pipeline.backbones.backbone import exact_float32, load_backbone
+from coldtap.pipeline.backbones.backbone import load_backbone
 from coldtap.pipeline.backbones.integer.artefact import About, read_artefact, write_artefact
 from coldtap.pipeline.backbones.integer.families import anatomy_of
 from coldtap.pipeline.backbones.integer.ranges import RANGE_METHODS, RangeMethod
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels
 from coldtap.pipeline.quantisation.compensation.qwt import RIDGES, compensate_blocks

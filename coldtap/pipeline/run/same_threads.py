@@ -5,12 +5,12 @@ means over small batches did not: squeeze-and-excitation networks in batches of 
 on the job's own backbone, in every batch size that the job has.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 
 from coldtap.pipeline.backbones.backbone import Backbone
+from coldtap.pipeline.backbones.torch_state import torch_threads
 from coldtap.stores.format.rows import RowPlan
 
 
@@ -35,7 +35,7 @@ def _same_features(backbone: Backbone, n_images: int, n_threads: int) -> bool:
     shape = (n_images, len(how.mean), how.height, how.width)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
     ours = backbone(images)
-    with _torch_threads(n_threads):
+    with torch_threads(n_threads):
         theirs = backbone(images)
     return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(ours, theirs, strict=True))
 
@@ -43,13 +43,3 @@ def _same_features(backbone: Backbone, n_images: int, n_threads: int) -> bool:
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Bits as integers: a NaN equals itself."""
     return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
-
-
-@contextmanager
-def _torch_threads(n_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

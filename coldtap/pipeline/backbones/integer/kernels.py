@@ -22,8 +22,10 @@ class Kernel(Protocol):
 
     name: str
 
+    def __hash__(self) -> int: ...
+
     def prepare(self, product: Product) -> Run:
-        """What takes codes, uint8 (…, in) or (batch, in, height, width), to y, or to the codes of what follows."""
+        """Return what takes codes, uint8 (…, in) or (batch, in, height, width), to y, or to the codes of what follows."""
 
 
 class FloatKernel:

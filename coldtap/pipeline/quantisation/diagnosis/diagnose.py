@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from coldtap.errors import OptionError, RunError, SourceError
-from coldtap.pipeline.backbones.backbone import Backbone, exact_float32, load_backbone
+from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.backbones.integer.ranges import RANGE_METHODS, RangeMethod
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source
 from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels, rows_of
@@ -80,24 +81,10 @@ def diagnose(
 
     With a seed and a number of images, it calibrates on the very images that `quantize` takes. No artefact is written.
 
-    Args:
-        model: as `quantize`.
-        calibration: images, as `quantize`; some of them are held out.
-        out: a new folder, or one with an earlier diagnosis, which is replaced: `sites.csv`, `diagnosis.png` and
-            `diagnosis.json`.
-        scheme: bits of weights and activations, such as `w8a8`.
-        seeds: how many, from 0 on.
-        images: calibration images; a quarter as many others are held out. None is 512 in all, or all where there are
-            fewer, a fifth of them held out.
-        checkpoint: as `quantize`.
-        random_weights: as `quantize`.
-        preprocess: as `quantize`.
-        device: as `quantize`.
-        ranges: as `quantize`.
-        reparameterise: as `quantize`.
-        overrides: as `quantize`.
-        target: as `quantize`.
-        reporter: told what happens.
+    Arguments are those of `quantize`, with these differences. `out` is a new folder, or one with an earlier diagnosis,
+    which is replaced: `sites.csv`, `diagnosis.png` and `diagnosis.json`. `seeds` is how many, from 0 on. Of `images`,
+    which calibrate, a quarter as many others are held out; None is 512 in all, or all where there are fewer, a fifth of
+    them held out.
 
     Raises:
         ColdtapError: one of its kinds (`coldtap.errors`), always with what to do.
@@ -240,9 +227,7 @@ def _diagnose_seed(
     pixels = [batch.to(backbone.device) for batch in images.held_out]
     with torch.inference_mode(), exact_float32():
         cwac = compensate_channels(with_cwac, sites=sites, target=target, advance=advance)
-        held_out = [
-            normalise(batch.to(backbone.device), backbone.preprocess, torch.float32) for batch in images.held_out
-        ]
+        held_out = [normalise(batch, backbone.preprocess, torch.float32) for batch in pixels]
         full = _full_matrices(with_cwac, sites, held_out, target, advance)
         qwt = compensate_blocks(with_qwt, target=target, advance=advance)
         levels = _tap_levels(backbone, [models.model for models in (base, with_cwac, with_qwt)], pixels)
@@ -258,12 +243,7 @@ def _full_matrices(
 ) -> list[NearDiagonal]:
     """The full matrix of each site, where CWAC was fitted too: behind a compensated prefix.
 
-    Args:
-        models: with CWAC, and the images of the fit.
-        sites: in order.
-        held_out: images as the models have them; the matrices are measured on these.
-        target: as `units_at_work`.
-        advance: as `units_at_work`.
+    It is fitted on the images of the models, which have CWAC, and measured on those held out.
     """
     n_fit = len(models.images)
     both = replace(models, images=[*models.images, *held_out])

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from coldtap.errors import ModelError, OptionError
-from coldtap.pipeline.backbones.backbone import Backbone, exact_float32
+from coldtap.pipeline.backbones.backbone import Backbone
 from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.families import Anatomy, anatomy_of, fold_norms, require_same_taps
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.backbones.integer.ranges import RangeMethod, SampledRows, activation_range
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.quantisation.ptq.reparameterise import reparameterise
 
 
