@@ -77,8 +77,9 @@ def _error_lines(report: Any, store: Path) -> Iterator[str]:
     else:
         stated = f" (asked: {report.bound})" if report.bound else ""
         yield f"added error, worst channel against the values of {store}{stated}:"
+        coded = {name for name in report.added_errors if report.bound is not None and not name.startswith("pooled/")}
         for name, taps in report.added_errors.items():
-            yield f"  {name}{'' if taps else '  not measured: too few rows' if _is_coded(report, name) else '  none'}"
+            yield f"  {name}{'' if taps else '  not measured: too few rows' if name in coded else '  none'}"
             yield from (f"    {_tap(about)}" for about in taps)
     if report.source_bound:
         together = f", {report.together} together" if report.together else ""
@@ -92,7 +93,3 @@ def _error_lines(report: Any, store: Path) -> Iterator[str]:
 def _tap(about: Mapping[str, Any]) -> str:
     escaped = f"; {show_share(about['escaped'])} escaped" if about.get("escaped") else ""
     return f"tap {about['tap']:>3}  {show_errors(about)}{escaped}"
-
-
-def _is_coded(report: Any, name: str) -> bool:
-    return report.bound is not None and not name.startswith("pooled/")

@@ -58,9 +58,9 @@ def measure_backbone(folder: Path) -> float:
 
 
 def print_costs(store: Store, runs: Iterable[Path], *, backbone_epoch_s: float, imports: int | None) -> None:
-    """Print the table, a line an adaptor."""
+    """Print the table, a line per adaptor."""
     table = Table(box=SIMPLE_HEAD, title=_title(store), title_justify="left", title_style="bold")
-    for column in ("adaptor", "test accuracy", "trainable\nparameters", "bytes read\na sample", "peak\nmemory"):
+    for column in ("adaptor", "test accuracy", "trainable\nparameters", "bytes read\nper sample", "peak\nmemory"):
         table.add_column(column, justify="left" if column == "adaptor" else "right")
     table.add_column("seconds of training\nfrom the store", justify="right")
     table.add_column("the same, backbone\nrun in every epoch", justify="right")

@@ -26,7 +26,7 @@ class TapReader(Protocol):
     stages: bool
 
     def names(self) -> list[str]:
-        """A name a tap, in order."""
+        """A name per tap, in order."""
 
     def grids(self, images: Tensor) -> list[tuple[tuple[int, int], int]]:
         """The grid (height, width) and the prefix tokens of each tap, from a forward pass."""

@@ -81,7 +81,7 @@ class Preprocess(_Values):
         height, width: of the input, in pixels.
         crop_pct: Size of the crop over size of the resized image.
         crop_mode: 'center' resizes the shorter edge, 'squash' both edges, 'border' the longer edge and pads.
-        interpolation: Of the resizing.
+        interpolation: of the resizing, one of `INTERPOLATIONS`.
         mean, std: of each channel, on a scale of 0 … 1.
     """
 

@@ -110,7 +110,7 @@ def quantize(
         calibration: images: a path that `open_source` understands, a source, or any indexable of (image, target).
         out: the artefact; an older one is replaced, another file is not.
         scheme: bits of weights and activations, such as `w8a8`.
-        compensate: `cwac` (two numbers a channel, folded), `qwt` (a matrix a block, run beside it) or `none`.
+        compensate: `cwac` (two numbers per channel, folded), `qwt` (a matrix per block, run beside it) or `none`.
         checkpoint: local weights for a timm name.
         random_weights: no trained weights, for measurements.
         preprocess: overrides of the model's own configuration, or all of it.

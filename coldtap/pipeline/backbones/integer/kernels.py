@@ -25,7 +25,7 @@ class Kernel(Protocol):
     def __hash__(self) -> int: ...
 
     def prepare(self, product: Product) -> Run:
-        """Return what takes codes, uint8 (…, in) or (batch, in, height, width), to y, or to the codes of what follows."""
+        """Return what takes codes, uint8 (…, in) or (batch, in, height, width), to y or the codes of what follows."""
 
 
 class FloatKernel:

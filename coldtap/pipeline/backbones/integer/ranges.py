@@ -15,7 +15,7 @@ type RangeMethod = Literal["percentile", "least-squares"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod.__value__)
 
 PERCENTILE = 0.9999
-SAMPLED_ROWS = 2048  # tokens or pixels a layer; of 768 channels 1.6 million values
+SAMPLED_ROWS = 2048  # tokens or pixels per layer; of 768 channels 1.6 million values
 _WEIGHT_CLIPS = torch.linspace(1.0, 0.4, 31)
 _ACTIVATION_CLIPS = torch.linspace(1.0, 0.1, 46).tolist()
 _SAMPLED_VALUES = 100_000

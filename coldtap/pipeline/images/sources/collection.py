@@ -17,10 +17,10 @@ WANTED = (
 
 
 def find_datasets(folder: Path, only: Collection[str] = ()) -> dict[str, Path]:
-    """Returns the datasets in a folder by name, sorted; their images are not read.
+    """Return the datasets in a folder by name, sorted; their images are not read.
 
     Args:
-        folder: Holds a Parquet file a dataset, or a folder a dataset; other files are passed over.
+        folder: holds a Parquet file per dataset, or a folder per dataset; other files are passed over.
         only: Names to pick; all by default.
 
     Raises:

@@ -24,7 +24,7 @@ class FileSource:
         name: What the user named.
         listing: What is known of the samples.
         root: The folder that relative paths start from.
-        paths: One a sample, relative to the root or absolute.
+        paths: One per sample, relative to the root or absolute.
     """
 
     name: str

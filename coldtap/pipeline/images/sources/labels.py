@@ -66,13 +66,7 @@ def _check_range(
         raise SourceError(f"{name}: label {present[-1]} at {place(index)}, but only {n_classes} class names")
     if labels == "optional":
         return
-    if len(present) < n_classes:
-        absent = np.setdiff1d(np.arange(min(n_classes, len(present) + 5)), present)
-        gaps = n_classes - len(present)
-        raise SourceError(
-            f"{name}: labels have gaps: of the classes 0 … {n_classes - 1} no image has "
-            f"{a_few_of(absent, gaps)}; renumber them 0 … {len(present) - 1}"
-        )
+    _refuse_gaps(present.tolist(), n_classes, name)
     if n_classes < 2:
         raise SourceError(f"{name}: a single class, {_called(0, class_names)}; an adaptor needs at least two")
 
@@ -116,13 +110,18 @@ def check_label_sets(
             raise SourceError(f"{name}: label {wrong} at {place(index)}; the classes are 0 to {n_classes - 1}")
     if labels == "required" and not present:
         raise SourceError(f"{name}: no image has a label; an adaptor needs at least one")
-    if labels == "required" and class_names is None and len(present) < n_classes:
+    if labels == "required" and class_names is None:
+        _refuse_gaps(present, n_classes, name)
+    return found, None
+
+
+def _refuse_gaps(present: Sequence[int], n_classes: int, name: str) -> None:
+    if gaps := n_classes - len(present):
         absent = np.setdiff1d(np.arange(min(n_classes, len(present) + 5)), present)
         raise SourceError(
             f"{name}: labels have gaps: of the classes 0 … {n_classes - 1} no image has "
-            f"{a_few_of(absent, n_classes - len(present))}; renumber them 0 … {len(present) - 1}"
+            f"{a_few_of(absent, gaps)}; renumber them 0 … {len(present) - 1}"
         )
-    return found, None
 
 
 def classes_without_train(

@@ -2,7 +2,7 @@
 
 Least squares of r on x, from moments that stream in float64 and merge, so that no activation is kept. With r = y − y_q
 and x the block's quantised input it is QwT's closed form (arXiv 2411.13918): ordinary least squares, one matrix and one
-bias a block. Columns of one scale, the ridge and the held-out gate are ours (`docs/methods.md`).
+bias per block. Columns of one scale, the ridge and the held-out gate are ours (`docs/methods.md`).
 """
 
 from collections.abc import Sequence

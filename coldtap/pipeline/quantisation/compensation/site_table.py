@@ -7,11 +7,11 @@ from coldtap.pipeline.quantisation.compensation.cwac import SiteFit
 from coldtap.stores.compensation.channel_affine import ChannelAffine, ChannelMoments
 from coldtap.text import text_table
 
-NAMES_A_REASON = 3
+NAMES_PER_REASON = 3
 
 
 def site_table(fits: Sequence[SiteFit]) -> str:
-    """A line a site: signal to noise on images held out, channels that the gate let through, parameters added."""
+    """A line per site: signal to noise on images held out, channels that the gate let through, parameters added."""
     header = ("site", "dB before", "dB after", "channels kept", "parameters", "after folding")
     lines = [
         (
@@ -29,14 +29,14 @@ def site_table(fits: Sequence[SiteFit]) -> str:
 
 
 def left_float_lines(left_float: Mapping[str, str]) -> list[str]:
-    """A line a reason, with the first names that it is of."""
+    """A line per reason, with the first names that it is of."""
     by_reason: dict[str, list[str]] = {}
     for name, why in left_float.items():
         by_reason.setdefault(why, []).append(name)
     lines = []
     for why, names in by_reason.items():
-        more = len(names) - NAMES_A_REASON
-        said = ", ".join(names[:NAMES_A_REASON]) + (f" and {more} more" if more > 0 else "")
+        more = len(names) - NAMES_PER_REASON
+        said = ", ".join(names[:NAMES_PER_REASON]) + (f" and {more} more" if more > 0 else "")
         lines.append(f"left in float: {said} ({why})")
     return lines
 

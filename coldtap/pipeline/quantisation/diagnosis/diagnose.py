@@ -28,7 +28,7 @@ from coldtap.pipeline.backbones.taps import read_taps_of
 from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source
-from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels, rows_of
+from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels
 from coldtap.pipeline.quantisation.compensation.linear_map import LinearMoments
 from coldtap.pipeline.quantisation.compensation.qwt import compensate_blocks
 from coldtap.pipeline.quantisation.compensation.site_table import left_float_lines, level_db, snr_db
@@ -47,7 +47,7 @@ from coldtap.pipeline.quantisation.ptq.calibration_images import (
     N_FOLDS,
     read_calibration_images,
 )
-from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise, rows_of
 from coldtap.pipeline.quantisation.ptq.sites import TARGETS, Target, UnitAtWork, units_at_work
 from coldtap.pipeline.quantisation.quantize import Reporter, Silence
 from coldtap.stores.compensation.channel_affine import ChannelAffine, ChannelMoments
@@ -55,8 +55,8 @@ from coldtap.stores.storage.atomic import TEMPORARY_SUFFIX, write_file
 from coldtap.stores.storage.output_place import require_place
 
 CSV, PICTURE, JSON = FILES = ("sites.csv", "diagnosis.png", "diagnosis.json")
-CALIBRATED_A_HELD_OUT = 4  # images
-PASSES = 3  # through the units, a seed: CWAC, the full matrices, QwT
+CALIBRATED_PER_HELD_OUT = 4  # images
+PASSES = 3  # through the units, per seed: CWAC, the full matrices, QwT
 
 
 def diagnose(
@@ -188,16 +188,16 @@ class _Images:
 
 
 def _read_images(source: Any, preprocess: Preprocess, n_images: int | None, seed: int) -> _Images:
-    wanted = None if n_images is None else n_images + n_images // CALIBRATED_A_HELD_OUT
+    wanted = None if n_images is None else n_images + n_images // CALIBRATED_PER_HELD_OUT
     fewest = n_images or FEWEST_IMAGES
     try:
         read = read_calibration_images(source, preprocess, n_images=wanted, seed=seed)
-        n = n_images or read.n_images - read.n_images // (CALIBRATED_A_HELD_OUT + 1)
+        n = n_images or read.n_images - read.n_images // (CALIBRATED_PER_HELD_OUT + 1)
         if n < fewest:
             raise SourceError(f"{source.name} has {read.n_images} that can be read: give more images")
     except SourceError as error:
         raise SourceError(
-            f"a diagnosis takes {fewest} images to calibrate on and {fewest // CALIBRATED_A_HELD_OUT} others: {error}"
+            f"a diagnosis takes {fewest} images to calibrate on and {fewest // CALIBRATED_PER_HELD_OUT} others: {error}"
         ) from error
     pixels = torch.cat(list(read.batches))
     return _Images(
@@ -262,7 +262,7 @@ def _full_matrix(work: UnitAtWork, site: str, n_fit: int) -> NearDiagonal:
     assert layer.affine is not None
     affine = layer.affine
     layer.compensate(ChannelAffine.identity(len(affine.scale)))
-    moments = (LinearMoments.of(rows_of(pair.got), rows_of(pair.wanted)) for pair in work.pairs(site))
+    moments = (LinearMoments.of(rows_of(pair.got).cpu(), rows_of(pair.wanted).cpu()) for pair in work.pairs(site))
     fit, rest = reduce(add, islice(moments, n_fit)), reduce(add, moments)
     layer.compensate(affine)
     return near_diagonal(fit, rest)
@@ -275,9 +275,8 @@ def _tap_levels(backbone: Backbone, models: Sequence[nn.Module], batches: Sequen
     for pixels in batches:
         wanted = backbone(pixels)
         for i, one in enumerate(quantised):
-            found = [
-                ChannelMoments.of(rows_of(got), rows_of(tap)) for got, tap in zip(one(pixels), wanted, strict=True)
-            ]
+            pairs = zip(one(pixels), wanted, strict=True)
+            found = [ChannelMoments.of(rows_of(got).cpu(), rows_of(tap).cpu()) for got, tap in pairs]
             moments[i] = [a + b for a, b in zip(moments[i], found, strict=True)] if moments[i] else found
     return [[level_db(tap) for tap in of_model] for of_model in moments]
 

@@ -39,8 +39,8 @@ class SiteDiagnosis:
         uncompensated_db: without CWAC here.
         cwac_db: with it.
         kept: share of the channels that the gate let through.
-        diagonal_gain_db: of two numbers a channel over none, without the gate.
-        full_gain_db: of the full matrix over two numbers a channel.
+        diagonal_gain_db: of two numbers per channel over none, without the gate.
+        full_gain_db: of the full matrix over two numbers per channel.
         off_diagonal_share: of the energy of the full matrix M, as `NearDiagonal`.
         off_diagonal_share_of_change: of the energy of M − 1.
     """
@@ -118,7 +118,7 @@ class Diagnosis:
         return {field.name: lines.get(field.name, getattr(self, field.name)) for field in fields(self)}
 
     def to_csv(self) -> str:
-        """A line for each number of each site, block and tap: mean, range and one column a seed."""
+        """A line for each number of each site, block and tap: mean, range and one column per seed."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         seeds = [f"seed {run['seed']}" for run in self.runs]

@@ -69,7 +69,7 @@ def _make_room(codes: Tensor, scale: Tensor, bias: Tensor, input_scale: float) -
 
     onnxruntime fuses a convolution's bias as int32 in units of input scale · weight scale, and lets it overflow. A
     channel whose weights are next to nothing beside its bias (dead ones, once their norm is folded) gets a coarser
-    scale: at most 2^-23 of its bias a product.
+    scale: at most 2^-23 of its bias per product.
     """
     least = bias.abs() / (input_scale * LARGEST_BIAS)
     # Without weights any scale is right, and the finest keeps the bias.

@@ -28,7 +28,7 @@ class CalibrationImages:
     """Images in batches.
 
     Attributes:
-        batches: uint8 (batch, channel, height, width) each, at least one a fold.
+        batches: uint8 (batch, channel, height, width) each, at least one per fold.
         digest: SHA-256 over the digests of their files, in order.
         n_unusable: images that could not be read and were passed over.
     """

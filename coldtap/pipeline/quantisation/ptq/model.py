@@ -113,14 +113,12 @@ def _require_same_function(backbone: Backbone, folded: nn.Module, anatomy: Anato
 
 
 def _watch(model: nn.Module, layers: Sequence[str], images: Sequence[Tensor], seed: int) -> dict[str, SampledRows]:
-    """What each layer reads over the images."""
+    """What each layer reads over the images, by its name."""
     seen = {name: SampledRows(len(images), seed) for name in layers}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0]
-            rows = values.movedim(1, -1) if values.ndim == 4 else values
-            seen[name].see(rows.reshape(-1, rows.shape[-1]))
+            seen[name].see(rows_of(inputs[0]))
 
         return hook
 
@@ -133,3 +131,9 @@ def _watch(model: nn.Module, layers: Sequence[str], images: Sequence[Tensor], se
         for handle in handles:
             handle.remove()
     return seen
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """View (…, channel) or (batch, channel, height, width) as (row, channel)."""
+    last = values.movedim(1, -1) if values.ndim == 4 else values
+    return last.reshape(-1, last.shape[-1])
