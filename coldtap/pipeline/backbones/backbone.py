@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldtap.errors import ColdtapError, MachineError, ModelError, OptionError
+from coldtap.device import choose_device
+from coldtap.errors import ColdtapError, ModelError, OptionError
 from coldtap.pipeline.backbones.final_norm import final_norm
 from coldtap.pipeline.backbones.inputs import normalise, preprocess_of_model
 from coldtap.pipeline.backbones.integer.artefact import Artefact, read_artefact
@@ -96,7 +97,7 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
         OptionError: an option has no such value, or does not go with another.
     """
     precision, preprocess, quantised = options.precision, options.preprocess, options.quantised
-    place = resolve_device(options.device)
+    place = choose_device(options.device)
     artefact = None
     if quantised is not None:
         _refuse_beside_artefact(options)
@@ -218,20 +219,3 @@ def _timm_preprocess(module: nn.Module, overrides: Mapping[str, Any]) -> Preproc
             f"{type(module).__name__} carries no preprocessing: give `preprocess=Preprocess(...)` with its input size"
         )
     return preprocess_of_model(module, overrides)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU if there is one.
-
-    Raises:
-        MachineError: a GPU that is not there.
-        OptionError: no such kind of device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise OptionError(f"`device={name!r}`: choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise MachineError(f"`device={name!r}`: this machine has {torch.cuda.device_count()} GPUs; use `device='cpu'`")
-    return torch.device(name)
