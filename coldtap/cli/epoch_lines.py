@@ -51,7 +51,7 @@ class EpochLines:
 
 
 def describe(trials: "Sequence[TrialState]") -> str:
-    """Says how trials stand: of one its last score and its best epoch, of several the best score of all."""
+    """Say how trials stand: of one its last score and its best epoch, of several the best score of all."""
     scored = [trial for trial in trials if trial.records and trial.records[-1].val_score is not None]
     failed = sum(trial.failure is not None for trial in trials)
     if len(trials) == 1 and scored:

@@ -193,7 +193,7 @@ def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
     """Parse NAME=VALUE options of the command line.
 
     Raises:
-        OptionError: One is not such a pair.
+        OptionError: one is not such a pair.
     """
     from coldtap.errors import OptionError
 
@@ -212,7 +212,7 @@ def parse_grid(pairs: list[str]) -> dict[str, list[str]]:
     """Parse NAME=VALUE,VALUE options of the command line.
 
     Raises:
-        OptionError: One is not of that form.
+        OptionError: one is not of that form.
     """
     parsed = parse_pairs(pairs, flag="--grid", example="lr=1e-3,3e-3")
     return {name: [value.strip() for value in values.split(",") if value.strip()] for name, values in parsed.items()}

@@ -29,13 +29,13 @@ print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmH
 
 
 def imports_bytes() -> int | None:
-    """Peak memory of a process that imports what training imports and does nothing; None where it cannot be had."""
+    """Return the peak memory of a process that only imports what training imports; None where it cannot be had."""
     result = subprocess.run([sys.executable, "-c", PRINT_PEAK], capture_output=True, text=True, check=False)
     return int(result.stdout) if result.returncode == 0 else None
 
 
 def measure_backbone(folder: Path) -> float:
-    """Seconds that decoding and the backbone take for all training images of a folder, from a slice of them."""
+    """Measure the seconds that decoding and the backbone take for all training images, from a slice of them."""
     import torch
 
     from coldtap.pipeline.backbones.backbone import load_backbone
@@ -92,5 +92,5 @@ def _cells(info: RunInfo, store: Store, backbone_epoch_s: float) -> list[str]:
 
 
 def bytes_read(array: StoredArray, taps: tuple[int, ...]) -> int:
-    """Bytes of a store's chunks that one sample of some taps takes; `sum` and `pooled` keep a row in one chunk."""
+    """Return the bytes of chunks that one sample of some taps takes; `sum` and `pooled` keep a row in one chunk."""
     return array.spec.chunk_bytes * (len(taps) if array.gather == "layers" else 1)

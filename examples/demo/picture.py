@@ -75,7 +75,7 @@ def _patches(array: StoredArray, rows: npt.NDArray[np.int64], tap: int) -> Float
 
 
 def component_colours(patches: Floats, shown: npt.NDArray[np.int64]) -> Floats:
-    """Components of all patches, as colours of some images.
+    """Return components of all patches, as colours of some images.
 
     Args:
         patches: (image, token, channel); the components are those of all of them together.

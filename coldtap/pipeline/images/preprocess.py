@@ -53,9 +53,9 @@ class Augmentation(_Values):
     """How views 1 … V differ from view 0: a random resized crop and a horizontal flip, with torchvision's defaults.
 
     Attributes:
-        crop_scale: Least and greatest area of the crop, as a fraction of the image.
-        crop_ratio: Least and greatest width / height of the crop.
-        flip: Probability of a horizontal flip.
+        crop_scale: least and greatest area of the crop, as a fraction of the image.
+        crop_ratio: least and greatest width / height of the crop.
+        flip: probability of a horizontal flip.
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -79,7 +79,7 @@ class Preprocess(_Values):
 
     Attributes:
         height, width: of the input, in pixels.
-        crop_pct: Size of the crop over size of the resized image.
+        crop_pct: size of the crop over size of the resized image.
         crop_mode: 'center' resizes the shorter edge, 'squash' both edges, 'border' the longer edge and pads.
         interpolation: of the resizing, one of `INTERPOLATIONS`.
         mean, std: of each channel, on a scale of 0 … 1.
@@ -118,8 +118,8 @@ class Preprocess(_Values):
                 part as it is.
 
         Raises:
-            OptionError: An override is unknown or cannot be used.
-            ModelError: The configuration does not ask for three channels.
+            OptionError: an override is unknown or cannot be used.
+            ModelError: the configuration does not ask for three channels.
         """
         replaced = {key: value for key, value in (overrides or {}).items() if value is not None}
         if unknown := [key for key in replaced if key not in OVERRIDES]:
@@ -145,7 +145,7 @@ class Preprocess(_Values):
             Shape (channel, height, width).
 
         Raises:
-            BadImageError: The image is so narrow that resizing it would fill the memory, or leave nothing.
+            BadImageError: the image is so narrow that resizing it would fill the memory, or leave nothing.
         """
         self._refuse_narrow(image)
         view = resize_and_crop(

@@ -9,7 +9,7 @@ from coldtap.stores.format.gathers import GATHERS
 def choose_gathers(
     gathers: Sequence[str] | None, taps: str, sum_at: str | None, *, depth: int, one_stream: bool
 ) -> Mapping[str, tuple[int, ...]]:
-    """Tap indices per gather.
+    """Return tap indices per gather.
 
     Args:
         gathers: names asked for; None for all that the backbone allows.
@@ -38,7 +38,7 @@ def choose_gathers(
 
 
 def parse_taps(text: str, depth: int, *, option: str) -> tuple[int, ...]:
-    """Tap indices, ascending, from `all`, `last:K` or indices with commas.
+    """Parse tap indices, ascending, from `all`, `last:K` or indices with commas.
 
     Raises:
         OptionError: the text has another form.

@@ -33,13 +33,13 @@ class Reporter(Protocol):
     """Told what happens; the command line shows it."""
 
     def note(self, text: str) -> None:
-        """A sentence that the user should read."""
+        """Say a sentence that the user should read."""
 
     def begin(self, n_units: int) -> None:
-        """Compensation begins; so many units will be advanced through."""
+        """Begin compensation; so many units will be advanced through."""
 
     def advance(self, n_units: int) -> None:
-        """Units done since the last call."""
+        """Count units done since the last call."""
 
 
 class Silence:

@@ -140,12 +140,12 @@ class _Progress:
         self._done: Counter[int] = Counter()
 
     def hear(self, event: tuple[float, Any]) -> None:
-        """A worker's message: block, rows of it done."""
+        """Hear a worker's message: block, rows of it done."""
         block, n_rows = event[1]
         self._reach(block, n_rows)
 
     def finish(self, block: int) -> None:
-        """All rows of a block are done."""
+        """Note that all rows of a block are done."""
         self._reach(block, len(self._plan.block(block)))
 
     def _reach(self, block: int, n_rows: int) -> None:

@@ -15,13 +15,13 @@ from coldtap.stores.format.rows import RowPlan
 
 
 def batch_sizes(plan: RowPlan, batch_size: int) -> set[int]:
-    """Every number of images that a forward pass of the job has: whole batches, and the last ones of blocks."""
+    """Return all numbers of images that a forward pass of the job has: whole batches, and the last of blocks."""
     blocks = {len(plan.block(block)) for block in range(plan.n_blocks)}
     return {batch_size for rows in blocks if rows >= batch_size} | {rows % batch_size for rows in blocks} - {0}
 
 
 def threads_with_the_same_features(backbone: Backbone, sizes: Iterable[int], wanted: int) -> int:
-    """`wanted`, if that many threads give the bits that this process gives with its own number; else the latter."""
+    """Return `wanted`, if so many threads give the bits of this process with its own number; else that number."""
     own = torch.get_num_threads()
     if wanted == own or backbone.device.type != "cpu":
         return wanted

@@ -34,7 +34,7 @@ class FloatKernel:
     name = "float"
 
     def prepare(self, product: Product) -> Run:
-        """As `Kernel`."""
+        """Prepare, as `Kernel`."""
         weight = product.codes.float() * product.scale.reshape(-1, *(1,) * (product.codes.ndim - 1))
         window = product.window
 
@@ -49,7 +49,7 @@ class FloatKernel:
 
 
 def follow(y: Tensor, then: GeluInto | None) -> Tensor:
-    """y, or the codes of what follows."""
+    """Return y, or the codes of what follows."""
     if then is None:
         return y
     return then.range.quantise(functional.gelu(y, approximate=then.approximate), then.largest)
@@ -61,7 +61,7 @@ class OneDnnKernel:
     name = "onednn"
 
     def prepare(self, product: Product) -> Run:
-        """As `Kernel`."""
+        """Prepare, as `Kernel`."""
         ops, window = torch.ops.onednn, product.window
         x, then = product.input, product.then
         zeros = torch.zeros(len(product.codes), dtype=torch.int32)
@@ -100,7 +100,7 @@ class IntMmKernel:
     name = "int_mm"
 
     def prepare(self, product: Product) -> Run:
-        """As `Kernel`."""
+        """Prepare, as `Kernel`."""
         n_out = len(product.codes)
         weight = product.codes.reshape(n_out, -1).t()  # (in, out), column-major as cuBLAS wants it
         k = weight.shape[0]

@@ -21,12 +21,12 @@ def find_datasets(folder: Path, only: Collection[str] = ()) -> dict[str, Path]:
 
     Args:
         folder: holds a Parquet file per dataset, or a folder per dataset; other files are passed over.
-        only: Names to pick; all by default.
+        only: names to pick; all by default.
 
     Raises:
-        SourceError: There are none, both kinds, folders that are none, or not those that are picked; or the folder is
+        SourceError: there are none, both kinds, folders that are none, or not those that are picked; or the folder is
             itself a dataset.
-        MachineError: It cannot be listed.
+        MachineError: it cannot be listed.
     """
     files, folders = _entries(folder)
     if is_vtab(folder) or _are_splits([*files, *folders]):

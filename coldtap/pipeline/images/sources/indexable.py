@@ -88,7 +88,7 @@ class IndexableSource:
         """Return the image of an item.
 
         Raises:
-            BadImageError: The object raised an error, or gave no image.
+            BadImageError: the object raised an error, or gave no image.
         """
         try:
             image = self._image(self._item(index))

@@ -33,7 +33,7 @@ def check_labels(
         The labels, or None where there are none, and a sentence where labels were left out.
 
     Raises:
-        SourceError: Labels are missing, null, negative, with gaps, beyond the class names, or of one class.
+        SourceError: labels are missing, null, negative, with gaps, beyond the class names, or of one class.
     """
     if targets is None:
         if labels == "required":
@@ -87,7 +87,7 @@ def check_label_sets(
         The sets, or None where they are left out, and a sentence where they were.
 
     Raises:
-        SourceError: A set is null, a label stands twice, is negative, or beyond the class names; without names, labels
+        SourceError: a set is null, a label stands twice, is negative, or beyond the class names; without names, labels
             have gaps; no image has a label.
     """
     nulls = [index for index, found in enumerate(sets) if found is None]

@@ -25,14 +25,14 @@ class Listing:
     """All that is known of a source before an image is read, one entry per sample in each column.
 
     Attributes:
-        ids: Unique over the source: the path relative to its root, or its id column.
+        ids: unique over the source: the path relative to its root, or its id column.
         splits: 'train', 'val' or 'test'.
         targets: 0 … C-1 without gaps, or None where the source has no labels. A source opened with
             labels='optional' may have gaps.
-        label_sets: Of a source with any number of labels per sample, those of each, ascending; it has no targets then.
-        class_names: One name per class, where the source has names.
-        notes: Sentences that a user must be told.
-        val_is_cut: Whether val was cut from train here, because the source has no val split.
+        label_sets: of a source with any number of labels per sample, those of each, ascending; it has no targets then.
+        class_names: one name per class, where the source has names.
+        notes: sentences that a user must be told.
+        val_is_cut: whether val was cut from train here, because the source has no val split.
         fingerprint: SHA-256 over id and size in bytes of each sample in order, or over ids and what stands for the
             sizes where they cannot be had cheaply (Parquet: row-group sizes; Python: up to 64 hashed items).
     """
@@ -65,8 +65,8 @@ class Source(Protocol):
         """Return the undecoded image of a sample.
 
         Raises:
-            BadImageError: This image cannot be had; others can.
-            MachineError: The machine fails, not the image.
+            BadImageError: this image cannot be had; others can.
+            MachineError: the machine fails, not the image.
         """
 
     def where(self, index: int) -> str:
@@ -93,7 +93,7 @@ def make_listing(
     the val split where there is none; None among the notes are left out. The others are as in `Listing`.
 
     Raises:
-        SourceError: The columns cannot be used.
+        SourceError: the columns cannot be used.
     """
     if not ids:
         raise SourceError(f"{name}: no images")
@@ -138,7 +138,7 @@ def fingerprint_of(
         name: what the user named, for messages.
 
     Raises:
-        SourceError: An id cannot be written as UTF-8.
+        SourceError: an id cannot be written as UTF-8.
     """
     digest = hashlib.sha256()
     sizes = iter(sizes_bytes) if sizes_bytes is not None else None

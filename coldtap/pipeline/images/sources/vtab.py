@@ -36,7 +36,7 @@ def open_vtab(root: Path, *, labels: Labels, seed: int) -> FileSource:
     a val split is then cut, only where train800 or val200 is missing.
 
     Raises:
-        SourceError: A line is not a path and an integer, or train800val200 is not the union.
+        SourceError: a line is not a path and an integer, or train800val200 is not the union.
     """
     name = str(root)
     lists = {file: _read_list(root, file) for file in (TRAIN, VAL, UNION, TEST) if (root / file).is_file()}

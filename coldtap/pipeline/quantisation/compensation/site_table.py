@@ -11,7 +11,7 @@ NAMES_PER_REASON = 3
 
 
 def site_table(fits: Sequence[SiteFit]) -> str:
-    """A line per site: signal to noise on images held out, channels that the gate let through, parameters added."""
+    """Return a line per site: signal to noise on images held out, channels kept by the gate, parameters added."""
     header = ("site", "dB before", "dB after", "channels kept", "parameters", "after folding")
     lines = [
         (
@@ -29,7 +29,7 @@ def site_table(fits: Sequence[SiteFit]) -> str:
 
 
 def left_float_lines(left_float: Mapping[str, str]) -> list[str]:
-    """A line per reason, with the first names that it is of."""
+    """Return a line per reason, with the first names that it is of."""
     by_reason: dict[str, list[str]] = {}
     for name, why in left_float.items():
         by_reason.setdefault(why, []).append(name)
@@ -42,7 +42,7 @@ def left_float_lines(left_float: Mapping[str, str]) -> list[str]:
 
 
 def level_db(moments: ChannelMoments) -> float:
-    """Signal to noise of moments of (got, wanted): the variance of what is wanted over the mean squared error.
+    """Return signal to noise of moments of (got, wanted): the variance of the wanted over the mean squared error.
 
     Both are summed over channels, so that what differs between channels alone is no signal.
     """
@@ -51,14 +51,14 @@ def level_db(moments: ChannelMoments) -> float:
 
 
 def snr_db(signal: float, error: float) -> float:
-    """10 log10(signal / error): infinite where there is no error, −infinite where there is no signal."""
+    """Return 10 log10(signal / error): infinite where there is no error, −infinite where there is no signal."""
     if not signal:
         return -inf
     return 10 * log10(signal / error) if error else inf
 
 
 def show_db(value: float) -> str:
-    """A level or a gain in dB."""
+    """Return a level or a gain in dB."""
     if value == inf:
         return "exact"
     return f"{value:.2f}" if isfinite(value) else "–"

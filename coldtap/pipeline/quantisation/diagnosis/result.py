@@ -110,7 +110,7 @@ class Diagnosis:
     taps: Sequence[TapDiagnosis]
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold: a spread as its mean, range and values, what is not finite as null."""
+        """Return what JSON can hold: a spread as its mean, range and values, what is not finite as null."""
         lines = {
             part: [{"name": line.name} | {name: _record(spread) for name, spread in _spreads(line)} for line in of_part]
             for part, of_part in (("sites", self.sites), ("blocks", self.blocks), ("taps", self.taps))
@@ -118,7 +118,7 @@ class Diagnosis:
         return {field.name: lines.get(field.name, getattr(self, field.name)) for field in fields(self)}
 
     def to_csv(self) -> str:
-        """A line for each number of each site, block and tap: mean, range and one column per seed."""
+        """Return a line for each number of each site, block and tap: mean, range and one column per seed."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         seeds = [f"seed {run['seed']}" for run in self.runs]

@@ -45,7 +45,7 @@ class OnnxLayer(nn.Module):
         self.register_buffer("_input_zero", torch.tensor(product.input.zero, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes as of a `QuantisedLayer`."""
+        """Run, with the shapes of a `QuantisedLayer`."""
         range_ = self._input_scale, self._input_zero
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, *range_), dtype=torch.uint8, shape=x.shape)
         values = _dequantise((codes, *range_), axis=1)
