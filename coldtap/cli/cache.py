@@ -6,18 +6,8 @@ from typing import Annotated
 
 import typer
 
+from coldtap.cli import options as shared
 from coldtap.cli.job_texts import as_dict, sentence
-from coldtap.cli.options import (
-    AsJson,
-    Checkpoint,
-    Device,
-    DryRun,
-    InputSize,
-    Layout,
-    MaxError,
-    RandomWeights,
-    Tier,
-)
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 TRIPLE = "three numbers with commas, one per channel"
@@ -37,8 +27,8 @@ def cache_features(
         str | None,
         typer.Option(help="A timm model name. Default: coldtap/vit-reference, or what --quantized was made of."),
     ] = None,
-    checkpoint: Checkpoint = None,
-    random_weights: RandomWeights = False,
+    checkpoint: shared.Checkpoint = None,
+    random_weights: shared.RandomWeights = False,
     quantized: Annotated[
         Path | None,
         typer.Option(help="A quantised backbone of `coldtap quantize`: it brings its weights and its preprocessing."),
@@ -54,25 +44,25 @@ def cache_features(
     sum_at: Annotated[
         str | None, typer.Option(help="Keep z0 + … + zk at these k, such as 6,12. Default: the last tap.")
     ] = None,
-    tier: Tier = "float16",
-    layout: Layout = None,
+    tier: shared.Tier = "float16",
+    layout: shared.Layout = None,
     snr: Annotated[
         float | None, typer.Option(help="Of int8: signal to noise in every channel, in dB. Default: 30.")
     ] = None,
-    max_error: MaxError = None,
+    max_error: shared.MaxError = None,
     precision: Annotated[str, typer.Option(help="Of the backbone: float32, bfloat16 or float16.")] = "float32",
     split: Annotated[
         list[str] | None, typer.Option(help="train, val or test; repeat it for several. Default: all.")
     ] = None,
     views: Annotated[int, typer.Option(help="Augmented views of each training image, beside the plain one.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass. Default: chosen by size.")] = None,
-    device: Device = "auto",
+    device: shared.Device = "auto",
     decode_threads: Annotated[int | None, typer.Option(help="Of all workers together. Default: one per core.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that extract; the store's bytes do not depend on it.")] = 1,
     on_bad_image: Annotated[str, typer.Option(help="reject (the row is left out and listed) or fail.")] = "reject",
     max_rejected: Annotated[float, typer.Option(help="Share of samples beyond which the run fails.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the row order, of a val split cut from train, and of views.")] = 0,
-    input_size: InputSize = None,
+    input_size: shared.InputSize = None,
     crop_pct: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
     crop_mode: Annotated[str | None, typer.Option(help="center, squash or border. Default: the model's own.")] = None,
     interpolation: Annotated[str | None, typer.Option(help="Such as bicubic. Default: the model's own.")] = None,
@@ -81,8 +71,8 @@ def cache_features(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Go on although device, torch, timm or batch size are others now.")
     ] = False,
-    dry_run: DryRun = False,
-    as_json: AsJson = False,
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Run a frozen backbone over SOURCE once and keep its features in STORE.
 

@@ -12,6 +12,8 @@ FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
+Format = Annotated[str, typer.Option("--format", help="onnx.")]
+
 # Of a store that is written.
 Tier = Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8: codes with a bounded error.")]
 Layout = Annotated[

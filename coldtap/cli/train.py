@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coldtap.cli import options as shared
 from coldtap.cli.epoch_lines import EpochLines
-from coldtap.cli.options import (
-    AsJson,
-    BatchSize,
-    CompleteStore,
-    Device,
-    Epochs,
-    WeightDecay,
-)
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -23,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def train_adaptor(
-    store: CompleteStore,
+    store: shared.CompleteStore,
     adaptor: Annotated[
         str,
         typer.Option(help="linear, attentive, head2toe, mist, ladder, combo or last; or module:NAME of your own."),
     ],
     out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with; of trials, their folder.")],
-    epochs: Epochs = 100,
+    epochs: shared.Epochs = 100,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the adaptor's own.")] = None,
-    batch_size: BatchSize = 32,
-    weight_decay: WeightDecay = 0.05,
+    batch_size: shared.BatchSize = 32,
+    weight_decay: shared.WeightDecay = 0.05,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.0,
     patience: Annotated[
@@ -64,7 +57,7 @@ def train_adaptor(
     compensation: Annotated[
         str | None, typer.Option(help="Name of a compensation of STORE that features go through.")
     ] = None,
-    device: Device = "auto",
+    device: shared.Device = "auto",
     shuffle: Annotated[
         str, typer.Option(help="uniform, or block: near reads, for a store far larger than memory.")
     ] = "uniform",
@@ -72,7 +65,7 @@ def train_adaptor(
         bool | None,
         typer.Option("--resident/--stream", help="Keep features in memory, or read each batch. Default: by size."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Train a small network from STORE alone: no backbone, no images.
 

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -103,8 +103,12 @@ def _run_command(command: str, *arguments: object) -> float:
     """Run one of coldtap's commands, showing it and all that it says; returns seconds."""
     words = [command, *map(str, arguments)]
     print(f"$ {shlex.join(words)}", flush=True)
+    return _run([sys.executable, "-m", "coldtap.cli.main", *words])
+
+
+def _run(words: Sequence[str]) -> float:
     began = time.monotonic()
-    if code := subprocess.run([sys.executable, "-m", "coldtap.cli.main", *words], check=False).returncode:
+    if code := subprocess.run(words, check=False).returncode:
         raise SystemExit(code)
     return time.monotonic() - began
 

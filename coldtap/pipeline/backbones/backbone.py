@@ -1,7 +1,7 @@
 """A frozen backbone: what it is, what it gives, and by what it is known."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
-from coldtap.pipeline.plan.options import ExtractorOptions, Precision
+from coldtap.pipeline.plan.options import ExtractorOptions
 from coldtap.stores.format.recipe import differing_fields
 
 
@@ -58,34 +58,9 @@ class Backbone(BackboneDescription):
             return self.taps(images)
 
 
-def load_backbone(
-    model: str | nn.Module | None = None,
-    *,
-    checkpoint: Path | None = None,
-    random_weights: bool = False,
-    precision: Precision = "float32",
-    device: str = "auto",
-    preprocess: Preprocess | Mapping[str, Any] | None = None,
-    taps: Sequence[str] | None = None,
-    prefix_tokens: int = 0,
-    quantised: Path | None = None,
-    kernel: str = "auto",
-) -> Backbone:
-    """Load a backbone as `load_from_options` does; `taps` are the `tap_names` of its options."""
-    return load_from_options(
-        ExtractorOptions(
-            model=model,
-            checkpoint=checkpoint,
-            random_weights=random_weights,
-            precision=precision,
-            device=device,
-            preprocess=preprocess,
-            tap_names=taps,
-            prefix_tokens=prefix_tokens,
-            quantised=quantised,
-            kernel=kernel,
-        )
-    )
+def load_backbone(model: str | nn.Module | None = None, **options: Any) -> Backbone:
+    """Load a backbone as `load_from_options` does, with fields of `ExtractorOptions` by name."""
+    return load_from_options(ExtractorOptions(model=model, **options))
 
 
 def load_from_options(options: ExtractorOptions) -> Backbone:

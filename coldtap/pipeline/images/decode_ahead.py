@@ -33,7 +33,6 @@ class DecodedBatch:
     """Consecutive samples with their pixels.
 
     Attributes:
-        samples: the samples.
         pixels: (batch, channel, height, width) uint8; zeros where an image could not be read.
         digests: SHA-256 of each image that was read, by its index in the batch.
         reasons: why the others were not.
@@ -49,13 +48,7 @@ class DecodedBatch:
 class Decoder:
     """From samples to pixels, in threads that leaving a `with` ends; it may be asked from many threads at once.
 
-    Attributes:
-        source: the images.
-        preprocess: resizing and cropping.
-        batch_size: samples per batch.
-        n_threads: how many threads decode, and how many parts a batch is cut into.
-        augmentation: how views 1 … V are drawn.
-        seed: of the augmentations.
+    A batch is cut into as many parts as there are threads; `augmentation` and its seed are for views 1 … V.
     """
 
     source: Source

@@ -27,9 +27,6 @@ class BlockRunner:
     written is kept for the next ones.
 
     Attributes:
-        backbone: the frozen model.
-        decoder: images to pixels.
-        writer: the store in the making.
         environment: where the job runs, for the journal.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
         stop: set when the job must end; blocks in flight are then dropped at their next batch.

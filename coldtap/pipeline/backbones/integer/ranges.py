@@ -74,12 +74,7 @@ class SampledRows:
 def activation_range(rows: Tensor, low: float, high: float, method: RangeMethod, largest: int) -> ActivationRange:
     """Return scale and zero point of a tensor.
 
-    Args:
-        rows: remembered values (row, channel).
-        low: least value seen.
-        high: greatest value seen.
-        method: how the range is chosen.
-        largest: code.
+    `rows` are remembered values (row, channel); `low` and `high` are the least and the greatest seen.
     """
     values = _some(rows.flatten())
     if method == "percentile":

@@ -45,6 +45,7 @@ from coldtap.pipeline.quantisation.ptq.calibration_images import (
     FEWEST_IMAGES,
     LARGEST_BATCH,
     N_FOLDS,
+    CalibrationImages,
     read_calibration_images,
 )
 from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise, rows_of
@@ -103,14 +104,15 @@ def diagnose(
     source = calibration if hasattr(calibration, "listing") else open_source(calibration, labels="optional")
     found: list[_OfSeed] = []
     for seed in range(seeds):
-        split = _read_images(source, backbone.preprocess, images, seed)
-        told.note(f"seed {seed}: {split.n_calibration} images to calibrate on, {split.n_held_out} others held out")
-        models = quantise(backbone, split.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
+        read, held_out = _read_images(source, backbone.preprocess, images, seed)
+        n_held_out = sum(map(len, held_out))
+        told.note(f"seed {seed}: {read.n_images} images to calibrate on, {n_held_out} others held out")
+        models = quantise(backbone, read.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
         if not found:
             for line in left_float_lines(models.anatomy.left_float):
                 told.note(line)
             told.begin(PASSES * seeds * len(models.anatomy.units))
-        found.append(_diagnose_seed(backbone, models, split, target, told.advance))
+        found.append(_diagnose_seed(backbone, models, read, held_out, target, told.advance))
     diagnosis = Diagnosis(
         architecture=backbone.architecture,
         scheme=scheme,
@@ -123,8 +125,8 @@ def diagnose(
             "overrides": list(overrides),
             "target": target,
         },
-        n_calibration=found[0].images.n_calibration,
-        n_held_out=found[0].images.n_held_out,
+        n_calibration=read.n_images,
+        n_held_out=n_held_out,
         runs=[
             {"seed": seed, "images": one.images.digest, "unusable": one.images.n_unusable}
             for seed, one in enumerate(found)
@@ -162,32 +164,10 @@ def _refuse_other_content(folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Images:
-    """Images of a seed, uint8.
-
-    Attributes:
-        batches: to calibrate on, cut as `quantize` cuts them; (batch, channel, height, width) each.
-        held_out: others, likewise.
-        digest: of all.
-        n_unusable: that were passed over.
-    """
-
-    batches: Sequence[Tensor]
-    held_out: Sequence[Tensor]
-    digest: str
-    n_unusable: int
-
-    @property
-    def n_calibration(self) -> int:
-        return sum(map(len, self.batches))
-
-    @property
-    def n_held_out(self) -> int:
-        return sum(map(len, self.held_out))
-
-
-def _read_images(source: Any, preprocess: Preprocess, n_images: int | None, seed: int) -> _Images:
+def _read_images(
+    source: Any, preprocess: Preprocess, n_images: int | None, seed: int
+) -> tuple[CalibrationImages, Sequence[Tensor]]:
+    """Images to calibrate on, cut as `quantize` cuts them, with the digest of all; and batches of others."""
     wanted = None if n_images is None else n_images + n_images // CALIBRATED_PER_HELD_OUT
     fewest = n_images or FEWEST_IMAGES
     try:
@@ -200,19 +180,14 @@ def _read_images(source: Any, preprocess: Preprocess, n_images: int | None, seed
             f"a diagnosis takes {fewest} images to calibrate on and {fewest // CALIBRATED_PER_HELD_OUT} others: {error}"
         ) from error
     pixels = torch.cat(list(read.batches))
-    return _Images(
-        batches=pixels[:n].split(min(LARGEST_BATCH, n // N_FOLDS)),
-        held_out=pixels[n:].split(LARGEST_BATCH),
-        digest=read.digest,
-        n_unusable=read.n_unusable,
-    )
+    return replace(read, batches=pixels[:n].split(min(LARGEST_BATCH, n // N_FOLDS))), pixels[n:].split(LARGEST_BATCH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OfSeed:
     """What a seed gave; `taps` are levels in dB by tap without compensation, with CWAC and with QwT."""
 
-    images: _Images
+    images: CalibrationImages
     cwac: Sequence[SiteFit]
     full: Sequence[NearDiagonal]
     qwt: Sequence[SiteFit]
@@ -220,15 +195,20 @@ class _OfSeed:
 
 
 def _diagnose_seed(
-    backbone: Backbone, base: QuantisedModel, images: _Images, target: Target, advance: Callable[[int], None]
+    backbone: Backbone,
+    base: QuantisedModel,
+    images: CalibrationImages,
+    held_out: Sequence[Tensor],
+    target: Target,
+    advance: Callable[[int], None],
 ) -> _OfSeed:
     with_cwac, with_qwt = (replace(base, model=copy.deepcopy(base.model)) for _ in range(2))
     sites = base.anatomy.choose_sites(base.anatomy.sites)
-    pixels = [batch.to(backbone.device) for batch in images.held_out]
+    pixels = [batch.to(backbone.device) for batch in held_out]
     with torch.inference_mode(), exact_float32():
         cwac = compensate_channels(with_cwac, sites=sites, target=target, advance=advance)
-        held_out = [normalise(batch, backbone.preprocess, torch.float32) for batch in pixels]
-        full = _full_matrices(with_cwac, sites, held_out, target, advance)
+        others = [normalise(batch, backbone.preprocess, torch.float32) for batch in pixels]
+        full = _full_matrices(with_cwac, sites, others, target, advance)
         qwt = compensate_blocks(with_qwt, target=target, advance=advance)
         levels = _tap_levels(backbone, [models.model for models in (base, with_cwac, with_qwt)], pixels)
     return _OfSeed(images=images, cwac=cwac, full=full, qwt=qwt, taps=levels)

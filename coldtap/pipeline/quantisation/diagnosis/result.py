@@ -35,9 +35,7 @@ class SiteDiagnosis:
     """A layer that has CWAC, behind a prefix that has it; levels are signal to noise, on images held out.
 
     Attributes:
-        name: of the layer.
-        uncompensated_db: without CWAC here.
-        cwac_db: with it.
+        uncompensated_db, cwac_db: without CWAC here, and with it.
         kept: share of the channels that the gate let through.
         diagonal_gain_db: of two numbers per channel over none, without the gate.
         full_gain_db: of the full matrix over two numbers per channel.
@@ -60,9 +58,7 @@ class BlockDiagnosis:
     """A block's output, behind blocks that have QwT.
 
     Attributes:
-        name: of the block.
-        uncompensated_db: without QwT here.
-        qwt_db: with it.
+        uncompensated_db, qwt_db: without QwT here, and with it.
         kept: 1 where the gate let it through; of a residual network, the share of its groups.
     """
 
@@ -87,9 +83,6 @@ class Diagnosis:
     """What `diagnose` found.
 
     Attributes:
-        architecture: of the backbone.
-        scheme: bits.
-        settings: of the quantisation.
         n_calibration: images that a seed calibrates on; levels of CWAC at its sites and of QwT at its blocks are over
             them, each quarter under the map of the others.
         n_held_out: other images, which taps and full matrices are measured on.
