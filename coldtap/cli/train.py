@@ -71,11 +71,13 @@ def train_adaptor(
 
     The best epoch is chosen on val; test is read once, at the end. The same command goes on after any interruption.
     """
-    from coldtap.adaptors import TrainingOptions
+    from coldtap.adaptors import TrainingOptions, option_defaults
     from coldtap.adaptors import train_adaptor as train
+    from coldtap.adaptors.networks.kinds import adaptor_kind
 
     if settings == ["help"]:
-        print(_options_of(adaptor))
+        defaults = option_defaults(adaptor_kind(adaptor).options)
+        print("\n".join(f"{name}={value}" for name, value in defaults.items()))
         return
     training = TrainingOptions(
         epochs=epochs,
@@ -209,10 +211,3 @@ def parse_grid(pairs: list[str]) -> dict[str, list[str]]:
     """
     parsed = parse_pairs(pairs, flag="--grid", example="lr=1e-3,3e-3")
     return {name: [value.strip() for value in values.split(",") if value.strip()] for name, values in parsed.items()}
-
-
-def _options_of(adaptor: str) -> str:
-    from coldtap.adaptors import option_defaults
-    from coldtap.adaptors.networks.kinds import adaptor_kind
-
-    return "\n".join(f"{name}={value}" for name, value in option_defaults(adaptor_kind(adaptor).options).items())

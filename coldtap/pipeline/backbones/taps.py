@@ -56,7 +56,7 @@ def read_taps_of(model: nn.Module, names: Sequence[str] | None, prefix_tokens: i
         )
     if forward is None:
         raise ModelError(
-            f"{type(model).__name__} has no forward_intermediates: name its taps (`taps=[...]` from Python) "
+            f"{type(model).__name__} has no forward_intermediates: name its taps (`tap_names=[...]` from Python) "
             "or use another model"
         )
     if "return_prefix_tokens" in inspect.signature(forward).parameters and hasattr(model, "blocks"):

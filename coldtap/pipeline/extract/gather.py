@@ -57,12 +57,7 @@ class Gathered[S: FeatureSpec]:
 
 
 def gather[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
-    """Yield all features that are wanted of a batch.
-
-    Args:
-        taps: every tap of the backbone, (batch, token, channel) each.
-        specs: what is wanted.
-    """
+    """Yield all features that are wanted of a batch, from every tap of the backbone, (batch, token, channel) each."""
     for name, gathered in GATHERED.items():
         if some := [spec for spec in specs if spec.gather == name]:
             yield from gathered(taps, some)

@@ -203,12 +203,7 @@ def _check(
 
 
 def _require_place(path: Path) -> None:
-    """Refuse, before any work, a place where no artefact can be written, or where another file would be lost.
-
-    Raises:
-        OptionError: there is a folder, another file, or a file where a folder would have to be.
-        MachineError: a name is too long, or the place may not be looked at.
-    """
+    """Refuse, before any work, a place where no artefact can be written, or where another file would be lost."""
     require_place(path, "backbone.safetensors")
     if path.exists():
         try:

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -93,15 +92,12 @@ class _Blocks:
         while True:
             while len(running) < self._n_in_flight and (block := next(left, None)) is not None:
                 future = self._client.submit(block_of_job, self._name, block, key=f"{self._name}-{block}")
-                future.add_done_callback(partial(self._note_end, block))
+                future.add_done_callback(lambda _, ended=block: self._ended.put(ended))
                 running[block] = future
             if not running:
                 return
             block = self._wait()
             yield _line_of(running.pop(block), block)
-
-    def _note_end(self, block: int, future: "Future[JournalLine]") -> None:
-        self._ended.put(block)
 
     def _wait(self) -> int:
         without_workers = time.monotonic()

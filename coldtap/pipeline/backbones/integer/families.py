@@ -6,7 +6,7 @@ first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
@@ -59,10 +59,6 @@ class Anatomy:
     sites: Sequence[str]
     norms_before: Mapping[str, str]
     left_float: Mapping[str, str]
-
-    def with_layers(self, layers: Sequence[str], left_float: Mapping[str, str]) -> "Anatomy":
-        """Return the same with fewer layers."""
-        return replace(self, layers=layers, left_float={**self.left_float, **left_float})
 
     def output(self, model: nn.Module, images: Tensor) -> Tensor:
         """Return what the last unit gives for images (batch, channel, height, width)."""

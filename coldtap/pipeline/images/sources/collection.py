@@ -19,9 +19,8 @@ WANTED = (
 def find_datasets(folder: Path, only: Collection[str] = ()) -> dict[str, Path]:
     """Return the datasets in a folder by name, sorted; their images are not read.
 
-    Args:
-        folder: holds a Parquet file per dataset, or a folder per dataset; other files are passed over.
-        only: names to pick; all by default.
+    The folder holds a Parquet file per dataset, or a folder per dataset; other files are passed over. `only` are names
+    to pick; all by default.
 
     Raises:
         SourceError: there are none, both kinds, folders that are none, or not those that are picked; or the folder is

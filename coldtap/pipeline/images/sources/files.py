@@ -18,14 +18,7 @@ _FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSource:
-    """Images in files of their own.
-
-    Attributes:
-        name: what the user named.
-        listing: what is known of the samples.
-        root: the folder that relative paths start from.
-        paths: one per sample, relative to the root or absolute.
-    """
+    """Images in files of their own; paths, one per sample, are relative to the root or absolute."""
 
     name: str
     listing: Listing

@@ -47,11 +47,7 @@ class _File:
 
 
 class _Rows:
-    """Which row of which file a sample is.
-
-    Args:
-        files: path and number of rows of each.
-    """
+    """Which row of which file a sample is, from path and number of rows of each file."""
 
     def __init__(self, files: Sequence[tuple[str, int]]) -> None:
         self.files = files
@@ -99,12 +95,7 @@ class ParquetSource:
         return self._rows.where(index)
 
     def share_spool(self) -> SharedSpool:
-        """Return what another process needs to read the images without a copy of its own.
-
-        Raises:
-            SourceError: the files are broken or have changed.
-            MachineError: there is no room for the temporary file.
-        """
+        """Return what another process needs to read the images without a copy of its own; raises as `read`."""
         return self._spooled().share()
 
     def use_spool(self, shared: SharedSpool) -> None:

@@ -48,14 +48,10 @@ def compensate_channels(
     ridge: float = RIDGE,
     advance: Callable[[int], None] = lambda n_units: None,
 ) -> list[SiteFit]:
-    """Fit and fold CWAC, site by site.
+    """Fit CWAC site by site, and fold it into the quantised model.
 
-    Args:
-        models: the quantised one is changed.
-        sites: layers, as `Anatomy.choose_sites` gives them.
-        target: as `units_at_work`.
-        ridge: as `fit_affine`.
-        advance: as `units_at_work`.
+    `sites` are layers, as `Anatomy.choose_sites` gives them, and `ridge` is as in `fit_affine`; the others are as in
+    `units_at_work`.
     """
     fits = []
     for work in units_at_work(models, target, advance):

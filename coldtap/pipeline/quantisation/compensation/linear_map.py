@@ -65,11 +65,7 @@ class LinearMoments:
 
     @classmethod
     def of(cls, x: Tensor, r: Tensor) -> "LinearMoments":
-        """Return moments of pairs of any float dtype, summed on their device.
-
-        Args:
-            x: (n, in).
-            r: (n, out).
+        """Return moments of pairs x (n, in) and r (n, out) of any float dtype, summed on their device.
 
         Raises:
             OptionError: the shapes are not those of pairs.
@@ -143,10 +139,8 @@ def fit_gated_linear_map(
     first counts. Errors are those of rounded weights: with collinear columns least squares takes large weights that
     cancel, and halves of them do not.
 
-    Args:
-        folds: moments of two or more disjoint sets of samples; each is left out in turn.
-        ridges: as in `fit_linear_map`.
-        weight_dtype: as in `fit_linear_map`.
+    `folds` are moments of two or more disjoint sets of samples; each is left out in turn. The others are as in
+    `fit_linear_map`.
 
     Raises:
         OptionError: fewer than two folds, no ridge, or one that is negative or not finite.

@@ -39,11 +39,8 @@ def compensate_blocks(
     The map of a residual block is a grouped 1 × 1 convolution: the largest number of groups that is no more than
     in // 64, at least 1, and divides both the block's channels in and those out.
 
-    Args:
-        models: the quantised one is changed.
-        target: as `units_at_work`.
-        ridges: of which the best on images held out is taken; `(0,)` is the official form.
-        advance: as `units_at_work`.
+    Of the ridges the best on images held out is taken; `(0,)` is the official form. The others are as in
+    `units_at_work`.
     """
     return [_compensate(work, ridges) for work in units_at_work(models, target, advance) if work.unit.name]
 

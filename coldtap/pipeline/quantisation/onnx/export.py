@@ -190,10 +190,7 @@ def backbone_bytes(module: PixelsToTaps, backbone: Backbone, metadata: Mapping[s
 def compare_taps(backbone: Backbone, on_integers: Backbone, data: bytes) -> TapAgreement | None:
     """Run an exported file on random pixels beside the backbone; None where onnxruntime is not installed.
 
-    Args:
-        backbone: on the float kernel.
-        on_integers: the same on another kernel, which shows what flipped codes do to it.
-        data: the file.
+    The backbone is on the float kernel; `on_integers` is the same on another one, which shows what flipped codes do.
 
     Raises:
         ModelError: taps differ by more than codes that a rounding flips can do.

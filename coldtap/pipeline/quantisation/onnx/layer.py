@@ -18,10 +18,8 @@ LARGEST_BIAS = 2**30
 class OnnxLayer(nn.Module):
     """Stands in for a `QuantisedLayer` while torch's exporter traces a model; it computes nothing by itself.
 
-    Compensation comes in with the product: it is in the weight's scale and in the bias, and adds no node.
-
-    Args:
-        product: of eight bits; nothing follows it.
+    Compensation comes in with the product: it is in the weight's scale and in the bias, and adds no node. The product
+    is of eight bits, and nothing follows it.
     """
 
     _codes: Tensor

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,17 +91,13 @@ def quantise(
     return QuantisedModel(
         model=model,
         float_model=float_model,
-        anatomy=anatomy.with_layers(list(schemes), left),
+        anatomy=replace(anatomy, layers=list(schemes), left_float={**anatomy.left_float, **left}),
         images=images,
     )
 
 
 def _require_same_function(backbone: Backbone, folded: nn.Module, anatomy: Anatomy, image: Tensor) -> None:
-    """The folded model, and its units one after another, give the backbone's taps.
-
-    Raises:
-        ModelError: they do not.
-    """
+    """Refuse a backbone whose taps the folded model, or its units one after another, do not give."""
     what = f"{backbone.architecture} taken apart into its blocks"
     taps = backbone.taps(image)
     require_same_taps(taps, read_taps_of(folded, None, 0)(image), what)
