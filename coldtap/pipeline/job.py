@@ -29,6 +29,8 @@ from coldtap.stores.writing.reporting import Reporter, Silence
 if TYPE_CHECKING:
     from torch import nn
 
+    from coldtap.pipeline.backbones.backbone import Backbone
+
 
 def cache_features(
     source: Any,
@@ -143,8 +145,7 @@ def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: R
     """Plan the job against what is there, and do what is left of it."""
     # Only here does a job come to need torch and timm.
     from coldtap.pipeline.backbones.backbone import load_from_options
-    from coldtap.pipeline.backbones.batch_size import choose_batch_size
-    from coldtap.pipeline.run.extraction import Extraction, environment_of
+    from coldtap.pipeline.run.extraction import Extraction
 
     _refuse_store_in_source(storage, job.source)
     found = Found.look(storage)
@@ -157,13 +158,9 @@ def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: R
     plan = plan_job(images, backbone, splits=_splits(found, images.listing), rows=job.rows, encoding=job.encoding)
     if found.is_complete_for(plan.recipe):
         return relabel(storage, plan, dry_run=running.dry_run)
-    began = found.recorded.get("environment", {})
-    size = running.batch_size or began.get("batch_size") or choose_batch_size(backbone)
-    environment = environment_of(backbone, size)
-    if found.recipe is not None:
-        require_same_environment(began, environment, allow_mixed=running.allow_mixed)
+    environment = _environment(found, backbone, running)
     rejections = Rejections(plan.rows, images, running.max_rejected)
-    with plan.decoder(size, running.decode_threads or os.cpu_count() or 1) as decoder:
+    with plan.decoder(environment["batch_size"], running.decode_threads or os.cpu_count() or 1) as decoder:
         extraction = Extraction(
             recipe=plan.recipe,
             specs=plan.specs,
@@ -179,6 +176,19 @@ def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: R
         )
         ended = write_store(found, extraction, reporter, dry_run=running.dry_run)
     return _report(plan, storage, ended, rejections.n_rows)
+
+
+def _environment(found: Found, backbone: "Backbone", running: RunOptions) -> dict[str, Any]:
+    """Where the job runs, which has to be where it began."""
+    from coldtap.pipeline.backbones.batch_size import choose_batch_size
+    from coldtap.pipeline.run.extraction import environment_of
+
+    began = found.recorded.get("environment", {})
+    size = running.batch_size or began.get("batch_size") or choose_batch_size(backbone)
+    environment = environment_of(backbone, size)
+    if found.recipe is not None:
+        require_same_environment(began, environment, allow_mixed=running.allow_mixed)
+    return environment
 
 
 def _report(plan: JobPlan, storage: Storage, ended: Ended, n_rejected: int) -> CacheReport:
