@@ -36,10 +36,11 @@ from benchmarks.lora import BATCH_SIZE, Descent, build_lora
 from benchmarks.machine import describe_machine, machine_line, own_process, peak_bytes, resident_bytes
 from benchmarks.pictures import N_CLASSES, Pictures
 from coldtap.adaptors.data.batches import FeatureBatches
-from coldtap.adaptors.data.devices import choose_device, seeded
+from coldtap.adaptors.data.devices import seeded
 from coldtap.adaptors.data.epoch_order import batch_bounds, epoch_draw
 from coldtap.adaptors.networks.contract import FeatureSpec, copy_final_norm
 from coldtap.adaptors.networks.kinds import adaptor_kind
+from coldtap.device import choose_device
 from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.extract.gather import gather
 from coldtap.pipeline.images.decode import decode_rgb

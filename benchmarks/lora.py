@@ -32,13 +32,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.machine import peak_bytes
-from coldtap.adaptors.data.devices import choose_device, seeded
+from coldtap.adaptors.data.devices import seeded
 from coldtap.adaptors.data.epoch_order import batch_bounds, epoch_draw
 from coldtap.adaptors.networks.heads import ClassifierHead, FrozenNorm, Pool
 from coldtap.adaptors.training.optimizer import learning_rate_at, make_optimizer
+from coldtap.device import choose_device
 from coldtap.errors import RunError
-from coldtap.pipeline.backbones.backbone import Backbone, exact_float32, load_backbone
+from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.inputs import normalise
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.images.decode import decode_rgb
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.quantised_budget import METHODS, RANGES, REPARAMETERISED, SITES, TARGET, Budget, Place
-from coldtap.pipeline.backbones.backbone import exact_float32, load_backbone
+from coldtap.pipeline.backbones.backbone import load_backbone
 from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.kernel_choice import choose_kernel
 from coldtap.pipeline.backbones.integer.layers import quantised_layers
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.quantisation.compensation.cwac import compensate_channels, rows_of
 from coldtap.pipeline.quantisation.compensation.qwt import compensate_blocks
 from coldtap.pipeline.quantisation.compensation.site_table import level_db

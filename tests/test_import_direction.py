@@ -24,7 +24,7 @@ ALLOWED_PARTS = {
     "adaptors": {"stores"},
     "stores": set(),
 }
-HALL = {"errors", "extras", "text", "version"}  # ground that every part may import
+HALL = {"device", "errors", "extras", "text", "version"}  # ground that every part may import
 BANNED_LIBRARIES = {
     "cli": set(),
     "workflows": set(),

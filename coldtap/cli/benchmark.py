@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from coldtap.cli import options as shared
 from coldtap.cli.errors import in_flags
-from coldtap.cli.options import Checkpoint, Device, RandomWeights
 from coldtap.cli.train import parse_grid, parse_pairs
 from coldtap.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
 from coldtap.stores.writing.stopping import sigterm_interrupts
@@ -49,14 +49,14 @@ def benchmark(
         list[str] | None, typer.Option("--set", help="An option of one adaptor, such as last.rank=8; repeat it.")
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds of each result.")] = 3,
-    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
+    epochs: shared.Epochs = 100,
+    batch_size: shared.BatchSize = 32,
+    weight_decay: shared.WeightDecay = 0.05,
     model: Annotated[str, typer.Option(help="A timm model name, or coldtap/vit-reference.")] = "coldtap/vit-reference",
-    checkpoint: Checkpoint = None,
-    random_weights: RandomWeights = False,
+    checkpoint: shared.Checkpoint = None,
+    random_weights: shared.RandomWeights = False,
     tier: Annotated[str, typer.Option(help="Of the stores: float32, float16, bfloat16 or int8.")] = "float16",
-    device: Device = "auto",
+    device: shared.Device = "auto",
     jobs: Annotated[int, typer.Option(help="Cells trained at a time, each in a process of its own.")] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be cached and trained, write nothing.")
@@ -123,7 +123,7 @@ def _require_room(folder: Path, out: Path, jobs: int) -> None:
 
 
 def _forecast(asked: "Benchmark") -> None:
-    """Prints what each store would take."""
+    """Print what each store would take."""
     from coldtap.cli.progress import BenchmarkDisplay
     from coldtap.workflows.benchmark.rules import settled_rules
     from coldtap.workflows.benchmark.run import cache_dataset

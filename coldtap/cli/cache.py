@@ -2,15 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coldtap.cli.options import AsJson, Checkpoint, Device, InputSize, RandomWeights
+from coldtap.cli import options as shared
+from coldtap.cli.job_texts import as_dict, sentence
 from coldtap.stores.writing.stopping import sigterm_interrupts
-from coldtap.text import show_bytes, show_seconds
 
-TRIPLE = "three numbers with commas, one a channel"
+TRIPLE = "three numbers with commas, one per channel"
 
 
 def cache_features(
@@ -27,8 +27,8 @@ def cache_features(
         str | None,
         typer.Option(help="A timm model name. Default: coldtap/vit-reference, or what --quantized was made of."),
     ] = None,
-    checkpoint: Checkpoint = None,
-    random_weights: RandomWeights = False,
+    checkpoint: shared.Checkpoint = None,
+    random_weights: shared.RandomWeights = False,
     quantized: Annotated[
         Path | None,
         typer.Option(help="A quantised backbone of `coldtap quantize`: it brings its weights and its preprocessing."),
@@ -44,31 +44,25 @@ def cache_features(
     sum_at: Annotated[
         str | None, typer.Option(help="Keep z0 + … + zk at these k, such as 6,12. Default: the last tap.")
     ] = None,
-    tier: Annotated[
-        str, typer.Option(help="float32, float16, bfloat16, or int8: codes with a bounded error.")
-    ] = "float16",
-    layout: Annotated[
-        str | None, typer.Option(help="Of int8: compact (zstd; the default) or fast (twice the speed, a third larger).")
-    ] = None,
+    tier: shared.Tier = "float16",
+    layout: shared.Layout = None,
     snr: Annotated[
         float | None, typer.Option(help="Of int8: signal to noise in every channel, in dB. Default: 30.")
     ] = None,
-    max_error: Annotated[
-        float | None, typer.Option(help="Of int8, instead: largest error of a value, in deviations of its channel.")
-    ] = None,
+    max_error: shared.MaxError = None,
     precision: Annotated[str, typer.Option(help="Of the backbone: float32, bfloat16 or float16.")] = "float32",
     split: Annotated[
         list[str] | None, typer.Option(help="train, val or test; repeat it for several. Default: all.")
     ] = None,
     views: Annotated[int, typer.Option(help="Augmented views of each training image, beside the plain one.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass. Default: chosen by size.")] = None,
-    device: Device = "auto",
+    device: shared.Device = "auto",
     decode_threads: Annotated[int | None, typer.Option(help="Of all workers together. Default: one per core.")] = None,
     workers: Annotated[int, typer.Option(help="Processes that extract; the store's bytes do not depend on it.")] = 1,
     on_bad_image: Annotated[str, typer.Option(help="reject (the row is left out and listed) or fail.")] = "reject",
     max_rejected: Annotated[float, typer.Option(help="Share of samples beyond which the run fails.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of the row order, of a val split cut from train, and of views.")] = 0,
-    input_size: InputSize = None,
+    input_size: shared.InputSize = None,
     crop_pct: Annotated[float | None, typer.Option(help="Default: the model's own.")] = None,
     crop_mode: Annotated[str | None, typer.Option(help="center, squash or border. Default: the model's own.")] = None,
     interpolation: Annotated[str | None, typer.Option(help="Such as bicubic. Default: the model's own.")] = None,
@@ -77,10 +71,8 @@ def cache_features(
     allow_mixed: Annotated[
         bool, typer.Option("--allow-mixed", help="Go on although device, torch, timm or batch size are others now.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the forecast of bytes and time, write nothing.")
-    ] = False,
-    as_json: AsJson = False,
+    dry_run: shared.DryRun = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Run a frozen backbone over SOURCE once and keep its features in STORE.
 
@@ -129,9 +121,9 @@ def cache_features(
             reporter=progress,
         )
     if as_json:
-        print(json.dumps(_as_dict(report), indent=1))
+        print(json.dumps(as_dict(report), indent=1))
     else:
-        print(_sentence(report))
+        print(sentence(report))
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
@@ -143,31 +135,3 @@ def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise OptionError(f"{option} {text}: expected {TRIPLE}, such as 0.5,0.5,0.5") from None
-
-
-def _as_dict(report: Any) -> dict[str, Any]:
-    ahead = report.forecast
-    return {
-        "store": str(report.store),
-        "status": report.status,
-        "digest": report.digest,
-        "rows": report.n_rows,
-        "rejected": report.n_rejected,
-        "forecast": ahead
-        and {"rows": ahead.n_rows, "bytes": ahead.n_bytes, "seconds": ahead.seconds, "free_bytes": ahead.free_bytes},
-    }
-
-
-def _sentence(report: Any) -> str:
-    rejected = f", {report.n_rejected} rejected (see rejected.parquet)" if report.n_rejected else ""
-    match report.status:
-        case "forecast":
-            ahead = report.forecast
-            size, time = show_bytes(ahead.n_bytes), show_seconds(ahead.seconds)
-            return f"would write {ahead.n_rows} rows, {size}, in about {time} to {report.store}; nothing was written"
-        case "unchanged":
-            return f"{report.store} is complete: {report.n_rows} rows{rejected}; nothing to do"
-        case "relabelled":
-            return f"{report.store} is complete: {report.n_rows} rows{rejected}; its labels were replaced"
-        case _:
-            return f"{report.store}: {report.n_rows} rows{rejected}; digest {report.digest}"

@@ -49,7 +49,7 @@ def compensate(
 
 
 def gain_lines(array: str, gains: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The SNR of each tap of an array before and after, on samples that were held out."""
+    """Return the SNR of each tap of an array before and after, on samples that were held out."""
     return [
         f"    {array}  tap {gain['tap']:>3}  {_db(gain['before_db'])} → {_db(gain['after_db'])} dB, "
         f"{gain['mapped']} channels mapped"

@@ -7,19 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from coldtap.cli.options import (
-    AsJson,
-    Checkpoint,
-    Device,
-    InputSize,
-    Override,
-    QuantisableModel,
-    RandomWeights,
-    Ranges,
-    Reparameterise,
-    Scheme,
-    Target,
-)
+from coldtap.cli import options as shared
 from coldtap.text import text_table
 
 if TYPE_CHECKING:
@@ -27,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def diagnose(
-    model: QuantisableModel,
+    model: shared.QuantisableModel,
     calibration: Annotated[
         Path,
         typer.Option(help="Images to calibrate on, and others to measure on: any source that cache-features takes."),
     ],
     out: Annotated[Path, typer.Option(help="The folder for sites.csv, diagnosis.png and diagnosis.json.")],
-    scheme: Scheme = "w8a8",
+    scheme: shared.Scheme = "w8a8",
     seeds: Annotated[int, typer.Option(help="Calibrate so many times, with seeds from 0 on.")] = 3,
     images: Annotated[
         int | None,
@@ -42,15 +30,15 @@ def diagnose(
             "are fewer, a fifth of them held out."
         ),
     ] = None,
-    checkpoint: Checkpoint = None,
-    random_weights: RandomWeights = False,
-    ranges: Ranges = "least-squares",
-    reparameterise: Reparameterise = True,
-    override: Override = None,
-    target: Target = "local",
-    input_size: InputSize = None,
-    device: Device = "auto",
-    as_json: AsJson = False,
+    checkpoint: shared.Checkpoint = None,
+    random_weights: shared.RandomWeights = False,
+    ranges: shared.Ranges = "least-squares",
+    reparameterise: shared.Reparameterise = True,
+    override: shared.Override = None,
+    target: shared.Target = "local",
+    input_size: shared.InputSize = None,
+    device: shared.Device = "auto",
+    as_json: shared.AsJson = False,
 ) -> None:
     """Show what quantisation takes from MODEL and what CWAC and QwT give back, with several calibration seeds.
 

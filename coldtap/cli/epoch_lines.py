@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class EpochLines:
-    """Shows the epochs of one run, or of trials that share them; `title` goes before each line."""
+    """Show the epochs of one run, or of trials that share them; `title` goes before each line."""
 
     def __init__(self, title: str = "") -> None:
         from rich.console import Console
@@ -31,7 +31,7 @@ class EpochLines:
             self._bar.stop()
 
     def note(self, text: str) -> None:
-        """Prints a sentence, above the bar where there is one."""
+        """Print a sentence, above the bar where there is one."""
         line = f"{self.title}{in_flags(text)}"
         if self._bar is None:
             print(line, file=sys.stderr, flush=True)
@@ -39,7 +39,7 @@ class EpochLines:
             self._bar.console.print(line, markup=False, highlight=False)
 
     def __call__(self, trials: "Sequence[TrialState]", *, epoch: int, epochs: int, seconds: float) -> None:
-        """Shows an epoch."""
+        """Show an epoch."""
         text = f"{self.title}epoch {epoch}/{epochs}  {describe(trials)}"
         if self._bar is None:
             if epoch % max(epochs // 10, 1) == 0 or epoch == epochs:
@@ -51,7 +51,7 @@ class EpochLines:
 
 
 def describe(trials: "Sequence[TrialState]") -> str:
-    """Says how trials stand: of one its last score and its best epoch, of several the best score of all."""
+    """Say how trials stand: of one its last score and its best epoch, of several the best score of all."""
     scored = [trial for trial in trials if trial.records and trial.records[-1].val_score is not None]
     failed = sum(trial.failure is not None for trial in trials)
     if len(trials) == 1 and scored:

@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from coldtap.cli.errors import in_flags
-from coldtap.cli.options import AsJson, Device
+from coldtap.cli.options import AsJson, Device, FinishedRun
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    run: FinishedRun,
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store of the same backbone.")],
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     compensation: Annotated[

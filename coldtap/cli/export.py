@@ -6,15 +6,26 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.options import AsJson
+from coldtap.cli.options import AsJson, FinishedRun, Format
+from coldtap.errors import OptionError
 from coldtap.text import show_bytes
 
 FORMATS = ("onnx",)
 
 
+def require_format(to: str) -> None:
+    """Require a format that can be written.
+
+    Raises:
+        OptionError: it is none.
+    """
+    if to not in FORMATS:
+        raise OptionError(f"--format {to}: choose one of {', '.join(FORMATS)}")
+
+
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
-    to: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    run: FinishedRun,
+    to: Format = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file. Default: adaptor.onnx in the run folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -26,10 +37,8 @@ def export(
     (batch, class), or (batch, patch, class) with pool=tokens.
     """
     from coldtap.adaptors.runs.onnx import export_onnx
-    from coldtap.errors import OptionError
 
-    if to not in FORMATS:
-        raise OptionError(f"--format {to}: choose one of {', '.join(FORMATS)}")
+    require_format(to)
     report = export_onnx(run, out)
     if as_json:
         print(json.dumps(_as_dict(report, run), indent=1))

@@ -6,10 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.options import AsJson
+from coldtap.cli.export import require_format
+from coldtap.cli.options import AsJson, Format
 from coldtap.text import show_bytes
-
-FORMATS = ("onnx",)
 
 
 def export_backbone(
@@ -17,7 +16,7 @@ def export_backbone(
         Path, typer.Argument(metavar="FILE", help="A backbone that `coldtap quantize` wrote, of w8a8.")
     ],
     out: Annotated[Path, typer.Option(help="The file to write, such as backbone.onnx.")],
-    to: Annotated[str, typer.Option("--format", help="onnx.")] = "onnx",
+    to: Format = "onnx",
     as_json: AsJson = False,
 ) -> None:
     """Write the quantised backbone of FILE as one file for an edge device.
@@ -26,11 +25,9 @@ def export_backbone(
     outputs are the taps by name (z0 … zN, or stage0 …), float32 (batch, token, channel). Quantised layers are
     QuantizeLinear and DequantizeLinear around a MatMul or a Conv, with compensation folded in.
     """
-    from coldtap.errors import OptionError
     from coldtap.pipeline.quantisation.onnx.export import export_backbone as run
 
-    if to not in FORMATS:
-        raise OptionError(f"--format {to}: choose one of {', '.join(FORMATS)}")
+    require_format(to)
     report = run(artefact, out)
     if as_json:
         print(json.dumps(_as_dict(report, artefact), indent=1))

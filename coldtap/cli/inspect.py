@@ -122,29 +122,18 @@ def _array_lines(array: dict[str, Any]) -> list[str]:
     ]
     if "bound" in array:
         lines.append(
-            f"    {array['bound']}; {array['bits_per_value']:.2f} bits a value on disk; {array['escapes']} escapes "
+            f"    {array['bound']}; {array['bits_per_value']:.2f} bits per value on disk; {array['escapes']} escapes "
             f"({show_share(array['escaped_share'])})"
         )
     parts = array["ranges"], array["errors"], array.get("escapes_by_tap", ())
     for tap, exponent, (reach, errors, escapes) in zip(
         array["taps"], array["scale_exponents"], zip_longest(*parts), strict=False
     ):
-        lines.append(f"    tap {tap:>3}{_reach(reach)}{_kept(exponent)}{_errors(errors)}{_escapes(escapes)}")
+        said = [
+            f"  {reach[0]:>10.4g} … {reach[1]:<10.4g}" if reach else "",
+            f"  kept as x / 2^{exponent}" if exponent else "",
+            f"  {show_errors(errors)}" if errors else "",  # measured on rows that set no scales
+            f"  {escapes} escapes" if escapes else "",
+        ]
+        lines.append(f"    tap {tap:>3}{''.join(said)}")
     return lines
-
-
-def _reach(reach: list[float] | None) -> str:
-    return f"  {reach[0]:>10.4g} … {reach[1]:<10.4g}" if reach else ""
-
-
-def _kept(exponent: int) -> str:
-    return f"  kept as x / 2^{exponent}" if exponent else ""
-
-
-def _errors(errors: dict[str, Any] | None) -> str:
-    """Measured when the store was made, on rows that set no scales: worst channel, and median."""
-    return f"  {show_errors(errors)}" if errors else ""
-
-
-def _escapes(escapes: int | None) -> str:
-    return f"  {escapes} escapes" if escapes else ""

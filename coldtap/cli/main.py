@@ -133,19 +133,19 @@ def _options(
 
 
 def main() -> None:
-    """The `coldtap` script."""
+    """Run the `coldtap` script."""
     app()
 
 
 def cache_features_main() -> None:
-    """The `cache-features` script."""
+    """Run the `cache-features` script."""
     single = _app()
     _add(single, "cache-features", cache_features)
     single()
 
 
 def train_adaptor_main() -> None:
-    """The `train-adaptor` script."""
+    """Run the `train-adaptor` script."""
     single = _app()
     _add(single, "train-adaptor", train_adaptor)
     single()

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def show_errors(about: Mapping[str, Any]) -> str:
-    """Worst channel and median: `patch 30.4 dB in channel 17, median 30.9; prefix …`, in columns."""
+    """Return worst channel and median: `patch 30.4 dB in channel 17, median 30.9; prefix …`, in columns."""
     return "; ".join(f"{part} {_worst(about[part])}" for part in ("patch", "prefix") if part in about)
 
 
@@ -17,5 +17,5 @@ def _worst(found: Mapping[str, Any]) -> str:
 
 
 def show_share(share: float) -> str:
-    """A small share in percent, two digits: `0.042 %`."""
+    """Return a small share in percent, two digits: `0.042 %`."""
     return f"{100 * share:.2g} %"

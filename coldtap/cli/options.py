@@ -5,8 +5,29 @@ from typing import Annotated
 
 import typer
 
+# Of what a command reads.
+CompleteStore = Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")]
+FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+Format = Annotated[str, typer.Option("--format", help="onnx.")]
+
+# Of a store that is written.
+Tier = Annotated[str, typer.Option(help="float32, float16, bfloat16, or int8: codes with a bounded error.")]
+Layout = Annotated[
+    str | None, typer.Option(help="Of int8: compact (zstd; the default) or fast (twice the speed, a third larger).")
+]
+MaxError = Annotated[
+    float | None, typer.Option(help="Of int8, instead: largest error of a value, in deviations of its channel.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the forecast of bytes and time, write nothing.")]
+
+# Of a training.
+Epochs = Annotated[int, typer.Option(help="Passes over the train split.")]
+BatchSize = Annotated[int, typer.Option(help="Samples per step.")]
+WeightDecay = Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")]
 
 # Of a backbone.
 Checkpoint = Annotated[

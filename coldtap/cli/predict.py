@@ -9,11 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.options import Device
+from coldtap.cli.options import Device, FinishedRun
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")],
+    run: FinishedRun,
     source: Annotated[
         Path, typer.Argument(metavar="SOURCE", help="Images, with labels or without; a flat folder will do.")
     ],

@@ -3,48 +3,36 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from coldtap.cli.options import (
-    AsJson,
-    Checkpoint,
-    Device,
-    InputSize,
-    Override,
-    QuantisableModel,
-    RandomWeights,
-    Ranges,
-    Reparameterise,
-    Scheme,
-    Target,
-)
+from coldtap.cli import options as shared
 from coldtap.text import show_bytes
 
 
 def quantize(
-    model: QuantisableModel,
+    model: shared.QuantisableModel,
     calibration: Annotated[
         Path,
         typer.Option(help="Images to calibrate on: any source that cache-features takes; of one with splits, train."),
     ],
     out: Annotated[Path, typer.Option(help="The file to write (.safetensors); an older one is replaced.")],
-    scheme: Scheme = "w8a8",
+    scheme: shared.Scheme = "w8a8",
     compensate: Annotated[
         str,
         typer.Option(
             help="cwac (two numbers per channel, folded away), qwt (a matrix per block, run beside it) or none."
         ),
     ] = "cwac",
-    checkpoint: Checkpoint = None,
-    random_weights: RandomWeights = False,
+    checkpoint: shared.Checkpoint = None,
+    random_weights: shared.RandomWeights = False,
     images: Annotated[
         int | None, typer.Option(help="Calibration images. Default: 512, or all where there are fewer.")
     ] = None,
-    ranges: Ranges = "least-squares",
-    reparameterise: Reparameterise = True,
-    override: Override = None,
+    ranges: shared.Ranges = "least-squares",
+    reparameterise: shared.Reparameterise = True,
+    override: shared.Override = None,
     site: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,18 +41,19 @@ def quantize(
             "'*' is all.",
         ),
     ] = None,
-    target: Target = "local",
+    target: shared.Target = "local",
     ridge: Annotated[
         float | None,
         typer.Option(help="Of the compensation. Default: CWAC's own, and the best on held-out images for QwT."),
     ] = None,
-    input_size: InputSize = None,
-    device: Device = "auto",
+    input_size: shared.InputSize = None,
+    device: shared.Device = "auto",
     seed: Annotated[int, typer.Option(help="Chooses the calibration images.")] = 0,
-    as_json: AsJson = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Quantise a backbone, compensate it, and write it as one file for `cache-features --quantized`."""
     from coldtap.cli.progress import UnitProgress
+    from coldtap.pipeline.quantisation.compensation.site_table import site_table
     from coldtap.pipeline.quantisation.quantize import quantize as run
     from coldtap.stores.writing.stopping import sigterm_interrupts
 
@@ -93,15 +82,8 @@ def quantize(
         print(json.dumps({**asdict(report), "path": str(report.path)}, indent=1))
         return
     if report.fits:
-        print(_table(report.fits))
+        print(site_table(report.fits))
     print(
         f"{report.path}: {report.n_layers} layers in {scheme}, {show_bytes(report.n_bytes)} (float32: "
         f"{show_bytes(report.float_bytes)}); digest {report.digest}"
     )
-
-
-def _table(fits: Any) -> str:
-    """What the compensation does, a line a site."""
-    from coldtap.pipeline.quantisation.compensation.site_table import site_table
-
-    return site_table(fits)

@@ -1,13 +1,14 @@
 """`train-adaptor STORE --adaptor NAME --out DIR`."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coldtap.cli import options as shared
 from coldtap.cli.epoch_lines import EpochLines
-from coldtap.cli.options import AsJson, Device
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -15,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def train_adaptor(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
+    store: shared.CompleteStore,
     adaptor: Annotated[
         str,
         typer.Option(help="linear, attentive, head2toe, mist, ladder, combo or last; or module:NAME of your own."),
     ],
     out: Annotated[Path, typer.Option(help="The run folder: new, or one to go on with; of trials, their folder.")],
-    epochs: Annotated[int, typer.Option(help="Passes over the train split.")] = 100,
+    epochs: shared.Epochs = 100,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate. Default: the adaptor's own.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples per step.")] = 32,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices; biases and norms have none.")] = 0.05,
+    batch_size: shared.BatchSize = 32,
+    weight_decay: shared.WeightDecay = 0.05,
     warmup: Annotated[float, typer.Option(help="Share of the steps in which the learning rate rises.")] = 0.1,
     label_smoothing: Annotated[float, typer.Option(help="Share of a target spread over all classes.")] = 0.0,
     patience: Annotated[
@@ -56,7 +57,7 @@ def train_adaptor(
     compensation: Annotated[
         str | None, typer.Option(help="Name of a compensation of STORE that features go through.")
     ] = None,
-    device: Device = "auto",
+    device: shared.Device = "auto",
     shuffle: Annotated[
         str, typer.Option(help="uniform, or block: near reads, for a store far larger than memory.")
     ] = "uniform",
@@ -64,17 +65,19 @@ def train_adaptor(
         bool | None,
         typer.Option("--resident/--stream", help="Keep features in memory, or read each batch. Default: by size."),
     ] = None,
-    as_json: AsJson = False,
+    as_json: shared.AsJson = False,
 ) -> None:
     """Train a small network from STORE alone: no backbone, no images.
 
     The best epoch is chosen on val; test is read once, at the end. The same command goes on after any interruption.
     """
-    from coldtap.adaptors import TrainingOptions
+    from coldtap.adaptors import TrainingOptions, option_defaults
     from coldtap.adaptors import train_adaptor as train
+    from coldtap.adaptors.networks.kinds import adaptor_kind
 
     if settings == ["help"]:
-        print(_options_of(adaptor))
+        defaults = option_defaults(adaptor_kind(adaptor).options)
+        print("\n".join(f"{name}={value}" for name, value in defaults.items()))
         return
     training = TrainingOptions(
         epochs=epochs,
@@ -147,9 +150,8 @@ def _print_trials(trials: "Trials", adaptor: str, as_json: bool) -> None:
     from coldtap.adaptors import trials_table
 
     print(trials_table(trials))
-    print(
-        f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {_named(trials.chosen[0].setting)}"
-    )
+    best = _named(trials.chosen[0].setting.varied)
+    print(f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {best}")
 
 
 def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
@@ -164,8 +166,8 @@ def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _named(setting: Any) -> str:
-    return ", ".join(f"{name}={value}" for name, value in setting.varied.items()) or "the one setting"
+def _named(setting: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.items()) or "the one setting"
 
 
 def _print_protocol(result: "ProtocolResult", adaptor: str, protocol: str, out: Path, as_json: bool) -> None:
@@ -176,18 +178,17 @@ def _print_protocol(result: "ProtocolResult", adaptor: str, protocol: str, out: 
         print(json.dumps({**fields, "runs": [str(run) for run in result.runs]}, indent=1))
         return
     mean, deviation = mean_and_deviation(result.test)
-    chosen = ", ".join(f"{name}={value}" for name, value in result.setting.items()) or "the one setting"
     print(
         f"{out}: {adaptor} by protocol {protocol}: test {result.metric} {mean:.4f} ± {deviation:.4f} over "
-        f"{len(result.test)} seeds; chosen on val ({mean_and_deviation(result.val)[0]:.4f}): {chosen}"
+        f"{len(result.test)} seeds; chosen on val ({mean_and_deviation(result.val)[0]:.4f}): {_named(result.setting)}"
     )
 
 
 def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
-    """Parses NAME=VALUE options of the command line.
+    """Parse NAME=VALUE options of the command line.
 
     Raises:
-        OptionError: One is not such a pair.
+        OptionError: one is not such a pair.
     """
     from coldtap.errors import OptionError
 
@@ -203,17 +204,10 @@ def parse_pairs(pairs: list[str], *, flag: str, example: str) -> dict[str, str]:
 
 
 def parse_grid(pairs: list[str]) -> dict[str, list[str]]:
-    """Parses NAME=VALUE,VALUE options of the command line.
+    """Parse NAME=VALUE,VALUE options of the command line.
 
     Raises:
-        OptionError: One is not of that form.
+        OptionError: one is not of that form.
     """
     parsed = parse_pairs(pairs, flag="--grid", example="lr=1e-3,3e-3")
     return {name: [value.strip() for value in values.split(",") if value.strip()] for name, values in parsed.items()}
-
-
-def _options_of(adaptor: str) -> str:
-    from coldtap.adaptors import option_defaults
-    from coldtap.adaptors.networks.kinds import adaptor_kind
-
-    return "\n".join(f"{name}={value}" for name, value in option_defaults(adaptor_kind(adaptor).options).items())

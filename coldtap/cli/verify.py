@@ -6,12 +6,12 @@ from typing import Annotated
 
 import typer
 
-from coldtap.cli.options import AsJson
+from coldtap.cli.options import AsJson, CompleteStore
 from coldtap.text import show_bytes
 
 
 def verify(
-    store: Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")],
+    store: CompleteStore,
     source: Annotated[
         Path | None, typer.Option(help="Also compare the images with what was read when the store was made.")
     ] = None,
@@ -27,7 +27,10 @@ def verify(
     with WorkProgress() as progress:
 
         def begin(n_bytes: int) -> None:
-            progress.start(n_bytes, lambda done, rate: _progress(done, n_bytes, rate), last_line=False)
+            total = show_bytes(n_bytes)
+            progress.start(
+                n_bytes, lambda done, rate: f"{show_bytes(done)} of {total}  {show_bytes(rate)}/s", last_line=False
+            )
 
         result = verify_store(store, begin=begin, advance=progress.advance)
     problems = list(result.problems)
@@ -47,7 +50,3 @@ def verify(
         print(f"{store}: {checked} checked{' against its source too' if source else ''}: {verdict}")
     if problems:
         raise typer.Exit(1)
-
-
-def _progress(done: int, total: int, rate: float) -> str:
-    return f"{show_bytes(done)} of {show_bytes(total)}  {show_bytes(rate)}/s"

@@ -1,17 +1,13 @@
 """The job: from a source of images to a complete store, resumable at every block."""
 
 import os
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from coldtap.errors import OptionError
 from coldtap.pipeline.cache_report import CacheReport
-from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
 from coldtap.pipeline.images.sources import Listing, Source
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
@@ -19,25 +15,21 @@ from coldtap.pipeline.plan.description import JobDescription
 from coldtap.pipeline.plan.options import EncodingOptions, ExtractorOptions, Precision, RowOptions, RunOptions
 from coldtap.pipeline.plan.plan import JobPlan, plan_job
 from coldtap.pipeline.plan.relabel import relabel
-from coldtap.pipeline.run.block_run import BlockRun
 from coldtap.pipeline.run.environment import require_same_environment
 from coldtap.pipeline.run.rejections import Rejections
 from coldtap.stores.format.codes import ErrorBound
 from coldtap.stores.format.tiers import Layout, TierName
-from coldtap.stores.reading.journal_lines import read_line
 from coldtap.stores.reading.manifest_files import is_complete
 from coldtap.stores.reading.store import open_store
 from coldtap.stores.storage.address import Place, place_of, storage_at
 from coldtap.stores.storage.contract import Storage
-from coldtap.stores.writing.calibration import Calibration
-from coldtap.stores.writing.job import Found, Making, write_store
+from coldtap.stores.writing.job import Ended, Found, write_store
 from coldtap.stores.writing.reporting import Reporter, Silence
-from coldtap.stores.writing.writer import StoreWriter
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from coldtap.pipeline.run.engine import Engine
+    from coldtap.pipeline.backbones.backbone import Backbone
 
 
 def cache_features(
@@ -151,55 +143,55 @@ def cache_features(
 
 def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: Reporter) -> CacheReport:
     """Plan the job against what is there, and do what is left of it."""
-    from coldtap.pipeline.run.engine import Engine  # only here does a job come to need torch and timm
+    # Only here does a job come to need torch and timm.
+    from coldtap.pipeline.backbones.backbone import load_from_options
+    from coldtap.pipeline.run.extraction import Extraction
 
     _refuse_store_in_source(storage, job.source)
     found = Found.look(storage)
     images = job.open_source()
     for note in images.listing.notes:
         reporter.note(note)
-    job = _with_begun_kernel(job, found.recorded)
-    engine = Engine.load(job.extractor)
-    if engine.kernel is not None:
-        name, why = engine.kernel
-        reporter.note(f"kernel {name}: {why}")
-        job = _with_kernel(job, name)  # workers shall not choose for themselves
-    splits = _splits(found, images.listing)
-    plan = plan_job(images, engine.describe(), splits=splits, rows=job.rows, encoding=job.encoding)
+    backbone = load_from_options(_with_begun_kernel(job.extractor, found.recorded))
+    if backbone.kernel is not None:
+        reporter.note(f"kernel {backbone.kernel.kernel.name}: {backbone.kernel.why}")
+    plan = plan_job(images, backbone, splits=_splits(found, images.listing), rows=job.rows, encoding=job.encoding)
     if found.is_complete_for(plan.recipe):
         return relabel(storage, plan, dry_run=running.dry_run)
-    began = found.recorded.get("environment", {})
-    size = running.batch_size or began.get("batch_size") or engine.choose_batch_size()
-    environment = engine.environment(size)
-    if found.recipe is not None:
-        require_same_environment(began, environment, allow_mixed=running.allow_mixed)
-    model = _name_of(job.extractor.model, plan.backbone)
-    n_threads = running.decode_threads or os.cpu_count() or 1
-    with ThreadPoolExecutor(n_threads, thread_name_prefix="decode") as pool:
-        decoder = Decoder(
-            source=images,
-            preprocess=plan.backbone.preprocess,
-            augmentation=job.rows.augmentation,
-            seed=job.rows.seed,
-            batch_size=size,
-            pool=pool,
-            n_threads=n_threads,
-        )
-        extraction = _Extraction(
+    environment = _environment(found, backbone, running)
+    rejections = Rejections(plan.rows, images, running.max_rejected)
+    with plan.decoder(environment["batch_size"], running.decode_threads or os.cpu_count() or 1) as decoder:
+        extraction = Extraction(
             recipe=plan.recipe,
             specs=plan.specs,
             rows=plan.rows,
             norm=plan.backbone.norm,
-            recorded={"environment": environment, "model": model, "source": images.name},
+            recorded={"environment": environment, "model": _name_of(job, backbone), "source": images.name},
             plan=plan,
-            engine=engine,
+            backbone=backbone,
             decoder=decoder,
             running=running,
-            description=_for_workers(job, images) if running.workers > 1 else b"",
-            rejections=Rejections(plan.rows, images, running.max_rejected),
+            description=_for_workers(job, images, environment) if running.workers > 1 else b"",
+            rejections=rejections,
         )
         ended = write_store(found, extraction, reporter, dry_run=running.dry_run)
-    n_rejected = extraction.rejections.n_rows
+    return _report(plan, storage, ended, rejections.n_rows)
+
+
+def _environment(found: Found, backbone: "Backbone", running: RunOptions) -> dict[str, Any]:
+    """Where the job runs, which has to be where it began."""
+    from coldtap.pipeline.backbones.batch_size import choose_batch_size
+    from coldtap.pipeline.run.extraction import environment_of
+
+    began = found.recorded.get("environment", {})
+    size = running.batch_size or began.get("batch_size") or choose_batch_size(backbone)
+    environment = environment_of(backbone, size)
+    if found.recipe is not None:
+        require_same_environment(began, environment, allow_mixed=running.allow_mixed)
+    return environment
+
+
+def _report(plan: JobPlan, storage: Storage, ended: Ended, n_rejected: int) -> CacheReport:
     return CacheReport(
         store=place_of(storage),
         status="written" if ended.digest else "forecast",
@@ -208,46 +200,6 @@ def _run(job: JobDescription, storage: Storage, running: RunOptions, reporter: R
         n_rejected=n_rejected,
         forecast=ended.ahead,
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Extraction(Making):
-    """A planned job on its way; `description` is what workers are told."""
-
-    plan: JobPlan
-    engine: "Engine"
-    decoder: Decoder
-    running: RunOptions
-    description: bytes
-    rejections: Rejections
-
-    def calibrate(self, storage: Storage) -> Calibration:
-        return self.engine.calibrate(self.decoder, self.plan)
-
-    def make(self, writer: StoreWriter, todo: Sequence[int], reporter: Reporter, stop: threading.Event) -> None:
-        """Do blocks, here or on workers, until too much is rejected; blocks that are there already count too."""
-        for block in sorted(set(range(self.rows.n_blocks)) - set(todo)):
-            if line := read_line(writer.storage, block):
-                self.rejections.count(line)
-        run = BlockRun(
-            decoder=self.decoder,
-            writer=writer,
-            environment=self.recorded["environment"],
-            fail_on_bad_image=self.running.on_bad_image == "fail",
-            reporter=reporter,
-            stop=stop,
-        )
-        n_workers = min(self.running.workers, len(todo))
-        if n_workers <= 1:
-            lines = self.engine.run_here(run, todo)
-        else:
-            lines = self.engine.run_on_workers(run, todo, n_workers, self.description)
-        with closing(lines):
-            for line in lines:
-                self.rejections.count(line)
-
-    def finish(self, writer: StoreWriter) -> str:
-        return writer.finish(self.plan.source.listing.ids, self.plan.source.where, self.plan.targets())
 
 
 def _path(path: str | Path | None) -> Path | None:
@@ -259,27 +211,28 @@ def _names(names: Sequence[str] | None) -> tuple[str, ...] | None:
     return None if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
-def _with_begun_kernel(job: JobDescription, recorded: Mapping[str, Any]) -> JobDescription:
+def _with_begun_kernel(extractor: ExtractorOptions, recorded: Mapping[str, Any]) -> ExtractorOptions:
     """As the batch size: the kernel that began goes on, whatever a clock would choose today."""
-    if not recorded or job.extractor.quantised is None or job.extractor.kernel != "auto":
-        return job
-    return _with_kernel(job, str(recorded["environment"].get("kernel", "auto")))
+    if not recorded or extractor.quantised is None or extractor.kernel != "auto":
+        return extractor
+    return replace(extractor, kernel=str(recorded["environment"].get("kernel", "auto")))
 
 
-def _with_kernel(job: JobDescription, kernel: str) -> JobDescription:
-    return replace(job, extractor=replace(job.extractor, kernel=kernel))
-
-
-def _name_of(model: "str | nn.Module | None", backbone: BackboneDescription) -> str:
+def _name_of(job: JobDescription, backbone: BackboneDescription) -> str:
+    model = job.extractor.model
     if model is None:
         return backbone.architecture
     return model if isinstance(model, str) else type(model).__name__
 
 
-def _for_workers(job: JobDescription, images: Source) -> bytes:
-    """Workers list a path themselves; what Python code gives may take long to list, and travels listed."""
-    is_path = isinstance(job.source, (str, os.PathLike))
-    return (job if is_path else replace(job, source=images)).dumps()
+def _for_workers(job: JobDescription, images: Source, environment: Mapping[str, Any]) -> bytes:
+    """The job as workers are told it: they shall not choose a kernel for themselves.
+
+    They list a path anew; what Python code gives may take long to list, and travels listed.
+    """
+    source = job.source if isinstance(job.source, (str, os.PathLike)) else images
+    extractor = replace(job.extractor, kernel=environment.get("kernel", job.extractor.kernel))
+    return replace(job, source=source, extractor=extractor).dumps()
 
 
 def _refuse_store_in_source(storage: Storage, source: Any) -> None:

@@ -1,7 +1,6 @@
 """Backbone and adaptor joined: images in, labels out, without a store."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.integer.artefact import read_artefact
 from coldtap.pipeline.extract.gather import gather
 from coldtap.pipeline.images.decode_ahead import Decoder, Sample
-from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import Listing, Source
 from coldtap.stores.format.gathers import GATHERS
 from coldtap.stores.format.recipe import differing_fields
@@ -89,16 +88,10 @@ class Predictor:
 
     def predict(self, images: Source, samples: Sequence[int], batch_size: int) -> Iterator[tuple[int, Answer | str]]:
         """What is said of each sample, or why its image cannot be used."""
-        with ThreadPoolExecutor(N_DECODE_THREADS) as pool:
-            decoder = Decoder(
-                source=images,
-                preprocess=self.backbone.preprocess,
-                augmentation=Augmentation(),
-                seed=0,
-                batch_size=batch_size,
-                pool=pool,
-                n_threads=N_DECODE_THREADS,
-            )
+        preprocess = self.backbone.preprocess
+        with Decoder(
+            source=images, preprocess=preprocess, batch_size=batch_size, n_threads=N_DECODE_THREADS
+        ) as decoder:
             for batch in decoder.batches([Sample(index) for index in samples]):
                 with torch.inference_mode():
                     answers = self._answers(self.adaptor(self.features(torch.from_numpy(batch.pixels))))

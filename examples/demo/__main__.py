@@ -34,7 +34,7 @@ class Places(NamedTuple):
 
     @classmethod
     def under(cls, out: Path) -> "Places":
-        """The paths under one folder."""
+        """Return the paths under one folder."""
         runs = {name: out / f"run-{name}" for name in ADAPTORS}
         return cls(digits=out / "digits", store=out / "store", picture=out / "features.png", runs=runs)
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -30,35 +29,25 @@ print(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmH
 
 
 def imports_bytes() -> int | None:
-    """Peak memory of a process that imports what training imports and does nothing; None where it cannot be had."""
+    """Return the peak memory of a process that only imports what training imports; None where it cannot be had."""
     result = subprocess.run([sys.executable, "-c", PRINT_PEAK], capture_output=True, text=True, check=False)
     return int(result.stdout) if result.returncode == 0 else None
 
 
 def measure_backbone(folder: Path) -> float:
-    """Seconds that decoding and the backbone take for all training images of a folder, from a slice of them."""
+    """Measure the seconds that decoding and the backbone take for all training images, from a slice of them."""
     import torch
 
     from coldtap.pipeline.backbones.backbone import load_backbone
     from coldtap.pipeline.backbones.batch_size import choose_batch_size
     from coldtap.pipeline.images.decode_ahead import Decoder, Sample
-    from coldtap.pipeline.images.preprocess import Augmentation
     from coldtap.pipeline.images.sources import open_source
 
     source, backbone, n_threads = open_source(folder), load_backbone("coldtap/vit-reference"), os.cpu_count() or 1
     size = choose_batch_size(backbone)
     train = [sample for sample, split in enumerate(source.listing.splits) if split == "train"]
     samples = [Sample(index) for index in train[: SLICE + size]]
-    with ThreadPoolExecutor(n_threads) as pool:
-        decoder = Decoder(
-            source=source,
-            preprocess=backbone.preprocess,
-            augmentation=Augmentation(),
-            seed=0,
-            batch_size=size,
-            pool=pool,
-            n_threads=n_threads,
-        )
+    with Decoder(source=source, preprocess=backbone.preprocess, batch_size=size, n_threads=n_threads) as decoder:
         n_images, began = 0, time.perf_counter()
         for number, batch in enumerate(decoder.batches(samples)):
             backbone(torch.from_numpy(batch.pixels))
@@ -69,9 +58,9 @@ def measure_backbone(folder: Path) -> float:
 
 
 def print_costs(store: Store, runs: Iterable[Path], *, backbone_epoch_s: float, imports: int | None) -> None:
-    """Print the table, a line an adaptor."""
+    """Print the table, a line per adaptor."""
     table = Table(box=SIMPLE_HEAD, title=_title(store), title_justify="left", title_style="bold")
-    for column in ("adaptor", "test accuracy", "trainable\nparameters", "bytes read\na sample", "peak\nmemory"):
+    for column in ("adaptor", "test accuracy", "trainable\nparameters", "bytes read\nper sample", "peak\nmemory"):
         table.add_column(column, justify="left" if column == "adaptor" else "right")
     table.add_column("seconds of training\nfrom the store", justify="right")
     table.add_column("the same, backbone\nrun in every epoch", justify="right")
@@ -103,5 +92,5 @@ def _cells(info: RunInfo, store: Store, backbone_epoch_s: float) -> list[str]:
 
 
 def bytes_read(array: StoredArray, taps: tuple[int, ...]) -> int:
-    """Bytes of a store's chunks that one sample of some taps takes; `sum` and `pooled` keep a row in one chunk."""
+    """Return the bytes of chunks that one sample of some taps takes; `sum` and `pooled` keep a row in one chunk."""
     return array.spec.chunk_bytes * (len(taps) if array.gather == "layers" else 1)

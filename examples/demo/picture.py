@@ -31,7 +31,7 @@ def draw_components(store: Store, images: Path, out: Path) -> None:
     array = next(array for array in store.arrays.values() if array.gather == "layers")
     taps = _chosen_taps(array.taps)
     rows = store.rows("test")[:N_FIT]
-    shown = _one_a_class(store.targets(rows))
+    shown = _one_per_class(store.targets(rows))
     side = store.recipe.extractor.preprocess["width"]
     pixels = [_resized(images / name, side) for name in store.sample_ids(rows[shown])]
     figure = Figure(figsize=(1.15 * len(shown) + 1.2, 1.2 * (len(taps) + 1) + 0.9), layout="constrained")
@@ -56,7 +56,7 @@ def _chosen_taps(taps: Sequence[int]) -> list[int]:
     return sorted({taps[round(last * part / 3)] for part in range(4)})
 
 
-def _one_a_class(targets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _one_per_class(targets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The first row of each class, classes ascending."""
     return np.unique(targets, return_index=True)[1]
 
@@ -75,7 +75,7 @@ def _patches(array: StoredArray, rows: npt.NDArray[np.int64], tap: int) -> Float
 
 
 def component_colours(patches: Floats, shown: npt.NDArray[np.int64]) -> Floats:
-    """Components of all patches, as colours of some images.
+    """Return components of all patches, as colours of some images.
 
     Args:
         patches: (image, token, channel); the components are those of all of them together.

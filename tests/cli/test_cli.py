@@ -311,7 +311,7 @@ def test_inspect_of_codes_shows_their_bound_their_size_and_what_was_measured(cod
         value = zarr.open_array(folders[1] / "value", mode="r")[:]
         assert array["escapes"] == sum(array["escapes_by_tap"]) == np.isfinite(value).sum()
         assert array["escaped_share"] == array["escapes"] / n_values
-        size = f"{array['bits_per_value']:.2f} bits a value on disk; {array['escapes']} escapes"
+        size = f"{array['bits_per_value']:.2f} bits per value on disk; {array['escapes']} escapes"
         assert f"    30 dB in every channel; {size}" in result.stdout
     assert (
         "layers/g8x8-p1-c192  (row 1536, tap 2, token 65, channel 192)  int8, compact  25 kB per row" in result.stdout

@@ -14,9 +14,8 @@ from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
 from coldtap.pipeline.images.preprocess import Preprocess
-from coldtap.pipeline.quantisation.compensation.cwac import rows_of
 from coldtap.pipeline.quantisation.compensation.site_table import level_db
-from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise, rows_of
 from coldtap.stores.compensation.channel_affine import ChannelMoments
 
 SIDE = 32
@@ -113,7 +112,7 @@ def taps_of(module: nn.Module, images: Tensor, like: Backbone) -> list[Tensor]:
 
 def snr_db(wanted: Tensor, got: Tensor) -> float:
     """As `diagnose` has it: what differs between channels alone is no signal."""
-    return level_db(ChannelMoments.of(rows_of(got), rows_of(wanted)))
+    return level_db(ChannelMoments.of(rows_of(got).cpu(), rows_of(wanted).cpu()))
 
 
 def closeness_db(wanted: Tensor, got: Tensor) -> float:

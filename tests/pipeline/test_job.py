@@ -257,7 +257,7 @@ def choose_batch_size_of_tiny():
     from coldtap.pipeline.backbones.backbone import load_backbone
     from tests.helpers.jobs import SMALL
 
-    return choose_batch_size(load_backbone(TinyNet(), preprocess=SMALL, taps=TAPS, device="cpu"))
+    return choose_batch_size(load_backbone(TinyNet(), preprocess=SMALL, tap_names=TAPS, device="cpu"))
 
 
 def test_what_a_dead_job_left_half_written_is_swept(tmp_path):

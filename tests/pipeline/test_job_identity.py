@@ -63,7 +63,7 @@ def test_corrected_labels_leave_a_cut_val_split_and_every_feature_alone(tmp_path
 
 def test_a_row_order_digest_is_that_of_splits_and_ids(tmp_path):
     source = open_source(in_memory(train=6, val=3))
-    backbone = load_backbone("coldtap/vit-reference").describe()
+    backbone = load_backbone("coldtap/vit-reference")
 
     def order(splits, seed=0):
         plan = plan_job(source, backbone, splits=splits, rows=RowOptions(seed=seed), encoding=EncodingOptions())

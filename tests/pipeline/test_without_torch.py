@@ -21,9 +21,8 @@ for part in (coldtap.pipeline.images, coldtap.pipeline.plan):
 """
 
 PLAN = """
-from concurrent.futures import ThreadPoolExecutor
 from coldtap.pipeline.images.decode_ahead import Decoder, Sample
-from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
 from coldtap.pipeline.plan.description import JobDescription
@@ -38,16 +37,7 @@ job = JobDescription(
     source=sys.argv[1], extractor=ExtractorOptions(), rows=RowOptions(views=1), encoding=EncodingOptions(taps="last:2")
 )
 source = job.open_source()
-with ThreadPoolExecutor(1) as pool:
-    decoder = Decoder(
-        source=source,
-        preprocess=preprocess,
-        augmentation=Augmentation(),
-        seed=0,
-        batch_size=4,
-        pool=pool,
-        n_threads=1,
-    )
+with Decoder(source=source, preprocess=preprocess, batch_size=4, n_threads=1) as decoder:
     batch = next(decoder.batches([Sample(0), Sample(1, view=1)]))
     assert not batch.reasons and batch.pixels.shape == (2, 3, 32, 32) and batch.pixels.std() > 0
 
@@ -81,7 +71,7 @@ def test_images_plans_and_the_job_import_neither_torch_nor_timm():
 
 def test_a_job_is_planned_from_a_described_backbone_as_from_a_loaded_one(tmp_path):
     write_classes(tmp_path / "images", 3, "ant", "bee")
-    backbone = load_backbone("coldtap/vit-reference", device="cpu").describe()
+    backbone = load_backbone("coldtap/vit-reference", device="cpu")
     address = without_torch(PLAN, str(tmp_path / "images"), backbone.weights)
     source = open_source(tmp_path / "images")
     options = {"rows": RowOptions(views=1), "encoding": EncodingOptions(taps="last:2")}

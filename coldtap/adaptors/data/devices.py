@@ -1,32 +1,10 @@
-"""Which device trains, its memory, and random numbers that leave no trace in the caller's process."""
+"""The device that trains: its name, its memory, and random numbers that leave no trace in the caller's process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-
-from coldtap.errors import MachineError, OptionError
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device of a name; `auto` is the first GPU if there is one, else the CPU.
-
-    Raises:
-        OptionError: The name is not `auto`, `cpu`, `cuda` or `cuda:N`.
-        MachineError: The machine has no such GPU.
-    """
-    found = torch.cuda.device_count()
-    kind, _, index = name.partition(":")
-    if name == "auto":
-        return torch.device("cuda:0" if found else "cpu")
-    if name == "cpu":
-        return torch.device("cpu")
-    if kind != "cuda" or not (index.isdecimal() or name == "cuda"):
-        raise OptionError(f"device={name}: it must be auto, cpu, cuda or cuda:N")
-    if int(index or 0) >= found:
-        raise MachineError(f"device={name}: torch finds {found} GPUs on this machine: use `device='cpu'` or auto")
-    return torch.device("cuda", int(index or 0))
 
 
 def describe_device(device: torch.device) -> str:

@@ -12,11 +12,11 @@ import torch
 
 from coldtap.adaptors.data.batches import FeatureBatches
 from coldtap.adaptors.data.compensated import maps_of
-from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.runs.load import LoadedRun, load_run
 from coldtap.adaptors.runs.record import RunInfo, SplitMetrics
 from coldtap.adaptors.training.plan import batches_for
 from coldtap.adaptors.training.split_metrics import evaluate_split
+from coldtap.device import choose_device
 from coldtap.errors import MissingFeaturesError, StoreError
 from coldtap.stores import Store, open_store
 from coldtap.stores.format.compensation import TapMaps

@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.runs.record import RunInfo
 from coldtap.adaptors.training.loop import Progress
 from coldtap.adaptors.training.options import TrainingOptions, TrialOptions
 from coldtap.adaptors.training.plan import TrialPlan, plan_trial
 from coldtap.adaptors.training.runner import train_planned
 from coldtap.adaptors.training.trials import Trials, train_trials, val_score
+from coldtap.device import choose_device
 from coldtap.errors import OptionError, RunError, SourceError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.address import Place, storage_at

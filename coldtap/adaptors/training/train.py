@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.runs.record import RunInfo
 from coldtap.adaptors.runs.settings import Fit, Keep
 from coldtap.adaptors.training.checkpoint import remove_checkpoint
@@ -16,6 +15,7 @@ from coldtap.adaptors.training.loop import Progress
 from coldtap.adaptors.training.options import TrainingOptions, TrialOptions
 from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import train_planned
+from coldtap.device import choose_device
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.address import Place, storage_at

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.runs.curves import draw_picture, draw_trials
 from coldtap.adaptors.runs.run_folder import read_epochs
@@ -17,6 +16,7 @@ from coldtap.adaptors.training.loop import Progress
 from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.adaptors.training.plan import plan_trial
 from coldtap.adaptors.training.runner import TrialResult, train_planned
+from coldtap.device import choose_device
 from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.address import Place, place_of, storage_at

@@ -1,8 +1,7 @@
 """A frozen backbone: what it is, what it gives, and by what it is known."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from coldtap.errors import ColdtapError, MachineError, ModelError, OptionError
+from coldtap.device import choose_device
+from coldtap.errors import ColdtapError, ModelError, OptionError
 from coldtap.pipeline.backbones.final_norm import final_norm
 from coldtap.pipeline.backbones.inputs import normalise, preprocess_of_model
 from coldtap.pipeline.backbones.integer.artefact import Artefact, read_artefact
@@ -20,70 +20,32 @@ from coldtap.pipeline.backbones.integer.load import build_quantised
 from coldtap.pipeline.backbones.integer.run_on import run_on
 from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.backbones.taps import TapReader, geometries_of, read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
-from coldtap.pipeline.plan.options import ExtractorOptions, Precision
-from coldtap.stores.format.extractor import ExtractorPart
-from coldtap.stores.format.geometry import Geometry
-from coldtap.stores.format.norm import FinalNorm
+from coldtap.pipeline.plan.options import ExtractorOptions
 from coldtap.stores.format.recipe import differing_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """A model in eval mode on its device, with its taps.
+class Backbone(BackboneDescription):
+    """A described backbone that runs: a model in eval mode on its device, with its taps.
 
     Attributes:
-        architecture: timm's name without a pretrained tag, or the class of a module from Python.
         module: the model itself.
         taps: reads (batch, token, channel) tensors out of a forward pass.
-        geometries: the geometry of each tap by index.
-        preprocess: how an image becomes its input.
-        precision: dtype of weights and activations.
-        weights: SHA-256 of the float32 weights.
-        norm: the final norm, as data.
-        quantisation: what the recipe says of a quantised backbone's artefact; None of a float one.
+        device: that has the model.
         kernel: that a quantised backbone runs on, and why.
     """
 
-    architecture: str
     module: nn.Module
     taps: TapReader
-    geometries: Mapping[int, Geometry]
-    preprocess: Preprocess
-    precision: Precision
     device: torch.device
-    weights: str
-    norm: FinalNorm | None
-    quantisation: Mapping[str, str] | None = None
     kernel: KernelChoice | None = None
 
-    @property
-    def depth(self) -> int:
-        """N, the index of the last tap."""
-        return len(self.geometries) - 1
-
-    def extractor(self) -> ExtractorPart:
-        """The extractor part of a recipe: all that decides what a tap's numbers mean."""
-        return self.describe().extractor()
-
-    def describe(self) -> BackboneDescription:
-        """What a plan has to know of it."""
-        return BackboneDescription(
-            architecture=self.architecture,
-            weights=self.weights,
-            precision=self.precision,
-            preprocess=self.preprocess,
-            tap_names=tuple(self.taps.names()),
-            geometries=self.geometries,
-            stages=self.taps.stages,
-            norm=self.norm,
-            quantisation=self.quantisation,
-        )
-
     def __call__(self, pixels: Tensor) -> list[Tensor]:
-        """All taps of images.
+        """Run a forward pass and return all taps.
 
         Args:
             pixels: (batch, channel, height, width) uint8, resized and cropped, on any device.
@@ -96,53 +58,9 @@ class Backbone:
             return self.taps(images)
 
 
-@contextmanager
-def exact_float32() -> Iterator[None]:
-    """Run float32 products in float32: TF32 would keep 10 bits of mantissa."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
-
-
-def load_backbone(
-    model: str | nn.Module | None = None,
-    *,
-    checkpoint: Path | None = None,
-    random_weights: bool = False,
-    precision: Precision = "float32",
-    device: str = "auto",
-    preprocess: Preprocess | Mapping[str, Any] | None = None,
-    taps: Sequence[str] | None = None,
-    prefix_tokens: int = 0,
-    quantised: Path | None = None,
-    kernel: str = "auto",
-) -> Backbone:
-    """Load a backbone for extraction: `load_from_options`, with the options of `ExtractorOptions` one by one.
-
-    `taps` are its `tap_names`.
-
-    Raises:
-        ModelError: the model, its weights or its taps cannot be used.
-        MachineError: a GPU is asked for where there is none.
-        OptionError: an option has no such value.
-    """
-    return load_from_options(
-        ExtractorOptions(
-            model=model,
-            checkpoint=checkpoint,
-            random_weights=random_weights,
-            precision=precision,
-            device=device,
-            preprocess=preprocess,
-            tap_names=taps,
-            prefix_tokens=prefix_tokens,
-            quantised=quantised,
-            kernel=kernel,
-        )
-    )
+def load_backbone(model: str | nn.Module | None = None, **options: Any) -> Backbone:
+    """Load a backbone as `load_from_options` does, with fields of `ExtractorOptions` by name."""
+    return load_from_options(ExtractorOptions(model=model, **options))
 
 
 def load_from_options(options: ExtractorOptions) -> Backbone:
@@ -154,7 +72,7 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
         OptionError: an option has no such value, or does not go with another.
     """
     precision, preprocess, quantised = options.precision, options.preprocess, options.quantised
-    place = resolve_device(options.device)
+    place = choose_device(options.device)
     artefact = None
     if quantised is not None:
         _refuse_beside_artefact(options)
@@ -192,15 +110,17 @@ def load_from_options(options: ExtractorOptions) -> Backbone:
             ) from error
     return Backbone(
         architecture=architecture,
-        module=module,
-        taps=reader,
-        geometries=geometries,
-        preprocess=how,
-        precision=precision,
-        device=place,
         weights=digest,
+        precision=precision,
+        preprocess=how,
+        tap_names=tuple(reader.names()),
+        geometries=geometries,
+        stages=reader.stages,
         norm=norm,
         quantisation=None if artefact is None else artefact.identity(),
+        module=module,
+        taps=reader,
+        device=place,
         kernel=choice,
     )
 
@@ -274,20 +194,3 @@ def _timm_preprocess(module: nn.Module, overrides: Mapping[str, Any]) -> Preproc
             f"{type(module).__name__} carries no preprocessing: give `preprocess=Preprocess(...)` with its input size"
         )
     return preprocess_of_model(module, overrides)
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the first GPU if there is one.
-
-    Raises:
-        MachineError: a GPU that is not there.
-        OptionError: no such kind of device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise OptionError(f"`device={name!r}`: choose auto, cpu, cuda or cuda:N")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise MachineError(f"`device={name!r}`: this machine has {torch.cuda.device_count()} GPUs; use `device='cpu'`")
-    return torch.device(name)

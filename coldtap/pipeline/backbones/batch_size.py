@@ -4,7 +4,7 @@ from coldtap.pipeline.backbones.backbone import Backbone
 
 
 def choose_batch_size(backbone: Backbone) -> int:
-    """Images a batch: a power of two from 4 to 256 that keeps one tap near a million numbers, 16 on a GPU.
+    """Choose the images per batch: a power of two from 4 to 256 that keeps one tap near a million numbers, 16 on a GPU.
 
     Measured on two cores (`docs/log.md`): a tap that stays in the cache runs fastest.
     """

@@ -10,7 +10,7 @@ PLACES = ("norm", "fc_norm", "head.norm")
 
 
 def final_norm(model: nn.Module) -> FinalNorm | None:
-    """The final norm over channels, or None where there is none (ResNet) or it is of another kind."""
+    """Return the final norm over channels, or None where there is none (ResNet) or it is of another kind."""
     modules = dict(model.named_modules())
     for place in PLACES:
         norm = modules.get(place)

@@ -11,15 +11,9 @@ from coldtap.pipeline.images.preprocess import Preprocess
 
 
 def preprocess_of_model(model: nn.Module, overrides: Mapping[str, Any] | None = None) -> Preprocess:
-    """Return what a timm model's own configuration says, with parts replaced.
+    """Return what a timm model's own configuration says, with parts replaced; raises as `Preprocess.from_config`.
 
-    Args:
-        model: Without a configuration, timm's defaults hold: 224 pixels, ImageNet's mean and deviation.
-        overrides: As `Preprocess.from_config` takes them.
-
-    Raises:
-        OptionError: An override is unknown or cannot be used.
-        ModelError: The model does not take three channels.
+    Without a configuration timm's defaults hold: 224 pixels, ImageNet's mean and deviation.
     """
     return Preprocess.from_config(resolve_model_data_config(model), overrides)
 
@@ -31,12 +25,12 @@ def normalise(pixels: torch.Tensor, preprocess: Preprocess, dtype: torch.dtype) 
     Normalize, and so timm's transform, bit for bit.
 
     Args:
-        pixels: uint8, shape (batch, channel, height, width).
-        preprocess: Has mean and std.
-        dtype: Of the result; the arithmetic is float32 all the same.
+        pixels: (batch, channel, height, width) uint8.
+        preprocess: has mean and std.
+        dtype: of the result; the arithmetic is float32 all the same.
 
     Returns:
-        Shape (batch, channel, height, width).
+        (batch, channel, height, width) of that dtype.
     """
     mean = torch.tensor(preprocess.mean, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)
     std = torch.tensor(preprocess.std, dtype=torch.float32, device=pixels.device).view(-1, 1, 1)

@@ -26,17 +26,17 @@ class TapReader(Protocol):
     stages: bool
 
     def names(self) -> list[str]:
-        """A name a tap, in order."""
+        """Return the name of each tap, in order."""
 
     def grids(self, images: Tensor) -> list[tuple[tuple[int, int], int]]:
-        """The grid (height, width) and the prefix tokens of each tap, from a forward pass."""
+        """Return the grid (height, width) and the prefix tokens of each tap, from a forward pass."""
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Each tap of images (batch, channel, height, width), as (batch, token, channel)."""
 
 
 def read_taps_of(model: nn.Module, names: Sequence[str] | None, prefix_tokens: int) -> TapReader:
-    """The tap reader that fits a model.
+    """Return the tap reader that fits a model.
 
     Args:
         model: a timm model, or any module if `names` are given.
@@ -56,7 +56,7 @@ def read_taps_of(model: nn.Module, names: Sequence[str] | None, prefix_tokens: i
         )
     if forward is None:
         raise ModelError(
-            f"{type(model).__name__} has no forward_intermediates: name its taps (`taps=[...]` from Python) "
+            f"{type(model).__name__} has no forward_intermediates: name its taps (`tap_names=[...]` from Python) "
             "or use another model"
         )
     if "return_prefix_tokens" in inspect.signature(forward).parameters and hasattr(model, "blocks"):
@@ -73,11 +73,11 @@ class TokenTaps:
         self._model = model
 
     def names(self) -> list[str]:
-        """`z0` … `zN`."""
+        """Return `z0` … `zN`."""
         return [f"z{i}" for i in range(len(self._model.blocks) + 1)]
 
     def grids(self, images: Tensor) -> list[tuple[tuple[int, int], int]]:
-        """All taps share the patch grid and the model's prefix tokens."""
+        """Give every tap the patch grid and the model's prefix tokens."""
         maps = self._model.forward_intermediates(images, output_fmt="NCHW", intermediates_only=True)
         height, width = maps[-1].shape[-2:]
         return [((height, width), int(self._model.num_prefix_tokens))] * (len(maps) + 1)
@@ -120,7 +120,7 @@ class StageTaps:
         self._model = model
 
     def names(self) -> list[str]:
-        """`stage0`, `stage1`, …: timm's own order."""
+        """Return `stage0`, `stage1`, …: timm's own order."""
         return [f"stage{i}" for i in range(len(self._model.feature_info))]
 
     def _maps(self, images: Tensor) -> list[Tensor]:
@@ -128,7 +128,7 @@ class StageTaps:
         return maps
 
     def grids(self, images: Tensor) -> list[tuple[tuple[int, int], int]]:
-        """Each stage has a grid of its own, and no prefix tokens."""
+        """Give each stage a grid of its own, and no prefix tokens."""
         return [((stage.shape[-2], stage.shape[-1]), 0) for stage in self._maps(images)]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
@@ -152,7 +152,7 @@ class NamedTaps:
         self._prefix_tokens = prefix_tokens
 
     def names(self) -> list[str]:
-        """The names as given."""
+        """Return the names as given."""
         return list(self._names)
 
     def _outputs(self, images: Tensor) -> list[Tensor]:
@@ -175,7 +175,7 @@ class NamedTaps:
         return [found[i] for i in range(len(self._names))]
 
     def grids(self, images: Tensor) -> list[tuple[tuple[int, int], int]]:
-        """From the outputs' axes; tokens of three axes must form a square grid behind the prefix tokens."""
+        """Read the outputs' axes; tokens of three axes must form a square grid behind the prefix tokens."""
         grids = []
         for name, output in zip(self._names, self._outputs(images), strict=True):
             if output.ndim == 4:
@@ -201,7 +201,7 @@ def _unrolled(maps: Tensor) -> Tensor:
 
 
 def geometries_of(reader: TapReader, images: Tensor) -> dict[int, Geometry]:
-    """The geometry of each tap, by its index, from one forward pass."""
+    """Return the geometry of each tap, by its index, from one forward pass."""
     return {
         index: Geometry(grid=grid, prefix_tokens=prefix, channels=tap.shape[2])
         for index, ((grid, prefix), tap) in enumerate(zip(reader.grids(images), reader(images), strict=True))

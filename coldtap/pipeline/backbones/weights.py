@@ -23,7 +23,7 @@ def create_timm_model(
     random_weights: bool = False,
     input_size: tuple[int, int] | None = None,
 ) -> nn.Module:
-    """A timm model in eval mode, without its classifier.
+    """Create a timm model in eval mode, without its classifier.
 
     Args:
         name: a timm model name, with or without its pretrained tag, or `coldtap/vit-reference`.
@@ -121,7 +121,7 @@ def _without_classifier(state: dict[str, Any], model: nn.Module) -> dict[str, An
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of a model's state dict, sorted by name."""
+    """Return the SHA-256 over the names, dtypes, shapes and bytes of a model's state dict, sorted by name."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()

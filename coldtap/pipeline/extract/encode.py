@@ -64,7 +64,7 @@ class BlockEncoder:
             self._ranges[part.spec.name][part.position or 0] = min(low, batch[0]), max(high, batch[1])
 
     def ranges(self) -> dict[str, list[list[float]]]:
-        """Smallest and largest value of each tap of each array; empty where no row was kept."""
+        """Return the smallest and largest value of each tap of each array; empty where no row was kept."""
         return {name: [list(taps[p]) for p in sorted(taps)] for name, taps in self._ranges.items()}
 
 
@@ -90,7 +90,7 @@ class _FloatEncoder:
             self._rows = self._rows.view(as_bits)
 
     def limit(self, place: int) -> float:
-        """The largest |x| that can be kept."""
+        """Return the largest |x| that can be kept."""
         return self._tier.limit(self._exponents[place])
 
     def write(self, values: Tensor, place: int, rows: Sequence[int]) -> None:
@@ -118,7 +118,7 @@ class _CodeEncoder:
         self._buffer = buffer
 
     def limit(self, place: int) -> float:
-        """Every finite value can be kept."""
+        """Return infinity: every finite value can be kept."""
         return float("inf")
 
     def write(self, values: Tensor, place: int, rows: Sequence[int]) -> None:

@@ -57,12 +57,7 @@ class Gathered[S: FeatureSpec]:
 
 
 def gather[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterator[Gathered[S]]:
-    """All features that are wanted of a batch.
-
-    Args:
-        taps: every tap of the backbone, (batch, token, channel) each.
-        specs: what is wanted.
-    """
+    """Yield all features that are wanted of a batch, from every tap of the backbone, (batch, token, channel) each."""
     for name, gathered in GATHERED.items():
         if some := [spec for spec in specs if spec.gather == name]:
             yield from gathered(taps, some)
@@ -93,7 +88,7 @@ def _sums[S: FeatureSpec](taps: Sequence[Tensor], specs: Sequence[S]) -> Iterato
 
 
 def pooled(tap: Tensor, prefix_tokens: int) -> Tensor:
-    """Prefix tokens and the mean of the patch tokens: (batch, prefix + 1, channel) float32."""
+    """Return prefix tokens and the mean of the patch tokens: (batch, prefix + 1, channel) float32."""
     values = tap.float()
     return torch.cat([values[:, :prefix_tokens], values[:, prefix_tokens:].mean(dim=1, keepdim=True)], dim=1)
 

@@ -48,13 +48,13 @@ def decode_rgb(raw: RawImage) -> Image.Image:
     """Decode one image to 8-bit RGB.
 
     Args:
-        raw: Encoded bytes, a PIL image, or an array or tensor of shape (height, width),
+        raw: encoded bytes, a PIL image, or an array or tensor of shape (height, width),
             (height, width, channel) or (channel, height, width) with 1, 3 or 4 channels. Where both orders
             would fit, an array is read as (height, width, channel) and a tensor as (channel, height, width).
             uint8 spans 0 … 255, uint16 0 … 65535, bool and floating point 0 … 1.
 
     Raises:
-        BadImageError: The image is empty, truncated, broken, not an image, or a decompression bomb.
+        BadImageError: the image is empty, truncated, broken, not an image, or a decompression bomb.
     """
     if not isinstance(raw, (bytes, Image.Image)):
         return _image_of_array(raw)

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -33,7 +33,6 @@ class DecodedBatch:
     """Consecutive samples with their pixels.
 
     Attributes:
-        samples: the samples.
         pixels: (batch, channel, height, width) uint8; zeros where an image could not be read.
         digests: SHA-256 of each image that was read, by its index in the batch.
         reasons: why the others were not.
@@ -45,30 +44,31 @@ class DecodedBatch:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Decoder:
-    """From samples to pixels; thread-safe.
+    """From samples to pixels, in threads that leaving a `with` ends; it may be asked from many threads at once.
 
-    Attributes:
-        source: the images.
-        preprocess: resizing and cropping.
-        augmentation: how views 1 … V are drawn.
-        seed: of the augmentations.
-        batch_size: samples per batch.
-        pool: the threads that decode; shared by all blocks.
-        n_threads: how many parts a batch is cut into.
+    A batch is cut into as many parts as there are threads; `augmentation` and its seed are for views 1 … V.
     """
 
     source: Source
     preprocess: Preprocess
-    augmentation: Augmentation
-    seed: int
     batch_size: int
-    pool: ThreadPoolExecutor
     n_threads: int
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(self.n_threads, thread_name_prefix="decode")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
 
     def batches(self, samples: Sequence[Sample]) -> Iterator[DecodedBatch]:
-        """Batches of consecutive samples, decoded ahead; the first ones start at once, before they are asked for."""
+        """Yield batches of consecutive samples, decoded ahead; the first ones start before they are asked for."""
         starts = deque(range(0, len(samples), self.batch_size))
         waiting: deque[tuple[DecodedBatch, list[Future[None]]]] = deque()
 
@@ -100,7 +100,7 @@ class Decoder:
         pixels = np.zeros((len(samples), channels, self.preprocess.height, self.preprocess.width), np.uint8)
         batch = DecodedBatch(samples=samples, pixels=pixels)
         parts = [range(start, len(samples), self.n_threads) for start in range(min(self.n_threads, len(samples)))]
-        return batch, [self.pool.submit(self._decode, batch, part) for part in parts]
+        return batch, [self._pool.submit(self._decode, batch, part) for part in parts]
 
     def _decode(self, batch: DecodedBatch, part: range) -> None:
         for image in part:

@@ -25,14 +25,37 @@ N_CHANNELS = 3
 N_ATTEMPTS = 10  # as torchvision's RandomResizedCrop
 
 
+class _Values:
+    """A frozen dataclass that goes into JSON and comes back."""
+
+    __slots__ = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, fit for JSON."""
+        values = asdict(self)  # type: ignore[call-overload] # subclasses are dataclasses
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Return what `to_dict` was called on.
+
+        Raises:
+            OptionError: a key is unknown or missing, or a value cannot be used.
+        """
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        if wrong := sorted(set(values) ^ set(known)):
+            raise OptionError(f"{cls.__name__}: unknown or missing {', '.join(wrong)}; known: {', '.join(known)}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Augmentation:
+class Augmentation(_Values):
     """How views 1 … V differ from view 0: a random resized crop and a horizontal flip, with torchvision's defaults.
 
     Attributes:
-        crop_scale: Least and greatest area of the crop, as a fraction of the image.
-        crop_ratio: Least and greatest width / height of the crop.
-        flip: Probability of a horizontal flip.
+        crop_scale: least and greatest area of the crop, as a fraction of the image.
+        crop_ratio: least and greatest width / height of the crop.
+        flip: probability of a horizontal flip.
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -49,32 +72,17 @@ class Augmentation:
         if not 0 <= self.flip <= 1:
             raise OptionError(f"flip={self.flip}: wanted a probability")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes, fit for JSON."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the augmentation of a dict.
-
-        Raises:
-            OptionError: A key is unknown or missing, or a value cannot be used.
-        """
-        return cls(**_checked(cls, values))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Preprocess:
+class Preprocess(_Values):
     """How an image becomes the input of a backbone: timm's evaluation transform.
 
     Attributes:
-        height: Of the input, in pixels.
-        width: Of the input, in pixels.
-        crop_pct: Size of the crop over size of the resized image.
+        height, width: of the input, in pixels.
+        crop_pct: size of the crop over size of the resized image.
         crop_mode: 'center' resizes the shorter edge, 'squash' both edges, 'border' the longer edge and pads.
-        interpolation: Of the resizing.
-        mean: Of each channel, on a scale of 0 … 1.
-        std: Of each channel, on a scale of 0 … 1.
+        interpolation: of the resizing, one of `INTERPOLATIONS`.
+        mean, std: of each channel, on a scale of 0 … 1.
     """
 
     height: int
@@ -105,17 +113,16 @@ class Preprocess:
         """Return what a data configuration in timm's words says, with parts replaced.
 
         Args:
-            config: All of input_size, crop_pct, crop_mode, interpolation, mean and std; other keys are ignored.
-            overrides: Any of input_size (a side, (height, width) or (channel, height, width)), crop_pct,
-                crop_mode, interpolation, mean and std. None leaves a part as it is.
+            config: all of `OVERRIDES`; other keys are ignored.
+            overrides: any of them; input_size is a side, (height, width) or (channel, height, width). None leaves a
+                part as it is.
 
         Raises:
-            OptionError: An override is unknown or cannot be used.
-            ModelError: The configuration does not ask for three channels.
+            OptionError: an override is unknown or cannot be used.
+            ModelError: the configuration does not ask for three channels.
         """
         replaced = {key: value for key, value in (overrides or {}).items() if value is not None}
-        unknown = [key for key in replaced if key not in OVERRIDES]
-        if unknown:
+        if unknown := [key for key in replaced if key not in OVERRIDES]:
             raise OptionError(f"unknown preprocessing {', '.join(unknown)}; known: {', '.join(OVERRIDES)}")
         config = {**config, **replaced}
         channels, height, width = _input_size(config["input_size"])
@@ -131,19 +138,6 @@ class Preprocess:
             std=_numbers("std", config["std"], N_CHANNELS),
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return what `from_dict` takes, fit for JSON."""
-        return _to_dict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Return the preprocessing of a dict.
-
-        Raises:
-            OptionError: A key is unknown or missing, or a value cannot be used.
-        """
-        return cls(**_checked(cls, values))
-
     def pixels(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Resize and crop an RGB image.
 
@@ -151,7 +145,7 @@ class Preprocess:
             Shape (channel, height, width).
 
         Raises:
-            BadImageError: The image is so narrow that resizing it would fill the memory, or leave nothing.
+            BadImageError: the image is so narrow that resizing it would fill the memory, or leave nothing.
         """
         self._refuse_narrow(image)
         view = resize_and_crop(
@@ -173,11 +167,11 @@ class Preprocess:
         depend on what other threads do. Here each draw is a part of SHAKE-256 over (seed, view, id).
 
         Args:
-            image: RGB.
-            seed: Of the whole run.
-            sample_id: As in the listing.
+            image: of any size.
+            seed: of the whole run.
+            sample_id: as in the listing.
             view: 1 … V; view 0 is `pixels`.
-            augmentation: What is drawn.
+            augmentation: what is drawn.
 
         Returns:
             Shape (channel, height, width).
@@ -251,15 +245,3 @@ def _input_size(size: Any) -> tuple[int, int, int]:
         raise OptionError(f"input_size={size!r}: wanted SIDE, (height, width) or (channel, height, width)")
     channels, height, width = sides if len(sides) == 3 else (N_CHANNELS, *sides)
     return channels, height, width
-
-
-def _to_dict(record: Augmentation | Preprocess) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(record).items()}
-
-
-def _checked(cls: type[Augmentation] | type[Preprocess], values: Mapping[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in fields(cls)]
-    wrong = sorted(set(values) ^ set(known))
-    if wrong:
-        raise OptionError(f"{cls.__name__}: unknown or missing {', '.join(wrong)}; known: {', '.join(known)}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -28,15 +28,9 @@ def resize_and_crop(
     interpolation: str,
     border: Sequence[float],
 ) -> Image.Image:
-    """Return an RGB image of `size`, the middle of the resized one.
+    """Return an RGB image of `size` (height, width), the middle of the resized one.
 
-    Args:
-        image: RGB.
-        size: (height, width) of the result.
-        crop_pct: Size of the crop over size of the resized image.
-        crop_mode: 'center' resizes the shorter edge, 'squash' both edges, 'border' the longer edge and pads.
-        interpolation: A key of `RESAMPLING`.
-        border: Colour of the padding of 'border', on a scale of 0 … 1.
+    `border` is the colour of the padding, on a scale of 0 … 1; the others are as in `Preprocess`.
     """
     height, width = _resized_size(image, size, crop_pct, crop_mode)
     if (image.width, image.height) != (width, height):

@@ -35,7 +35,7 @@ class JobDescription:
 
     @classmethod
     def loads(cls, pickled: bytes) -> Self:
-        """The description of `dumps`.
+        """Return the description of `dumps`.
 
         Raises:
             OptionError: the source or the module cannot be made anew in this process.

@@ -1,4 +1,7 @@
-"""What the user asks of a job, grouped as a recipe is: extractor, rows, encoding; and how the job is to run."""
+"""What the user asks of a job, grouped as a recipe is: extractor, rows, encoding; and how the job is to run.
+
+`cache_features` says what each option means.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,20 +27,7 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision.__value__)
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorOptions:
-    """How an image becomes features.
-
-    Attributes:
-        model: a timm name, `coldtap/vit-reference`, or any module. None is the artefact's, or `coldtap/vit-reference`.
-        checkpoint: local weights for a timm name.
-        random_weights: no weights at all, for a timm name.
-        preprocess: how images become inputs; a mapping overrides parts of the model's own configuration.
-        tap_names: names of submodules, for a module from Python that is no timm model.
-        prefix_tokens: tokens before the grid in named taps.
-        precision: dtype of weights and activations.
-        device: auto, cpu, cuda or cuda:N.
-        quantised: an artefact of `quantize`: it brings weights and preprocessing.
-        kernel: of a quantised backbone: auto, int or float.
-    """
+    """How an image becomes features: arguments of `cache_features`, where `quantised` is `quantized`."""
 
     model: "str | nn.Module | None" = None
     checkpoint: Path | None = None
@@ -57,14 +47,7 @@ class ExtractorOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """Which images stand where.
-
-    Attributes:
-        split: splits to keep; None for all that the source has.
-        views: augmented views of each training image, beside view 0.
-        augmentation: how they are drawn.
-        seed: of the row order, of a val split cut from train, and of the views.
-    """
+    """Which images stand where: arguments of `cache_features`."""
 
     split: tuple[str, ...] | None = None
     views: int = 0
@@ -108,16 +91,7 @@ class RowOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingOptions:
-    """Which features are kept, and how their numbers are.
-
-    Attributes:
-        taps: `all`, `last:K`, or indices with commas: for `layers` and `pooled`.
-        gather: `layers`, `sum`, `pooled`; None for all that the backbone allows.
-        sum_at: k of the sums z0 + … + zk, with commas; None for the last tap.
-        tier: how numbers are kept.
-        layout: `compact` or `fast`; None for the tier's own.
-        bound: of int8's errors; None for its default.
-    """
+    """Which features are kept, and how their numbers are: arguments of `cache_features`, `bound` its two."""
 
     taps: str = "all"
     gather: tuple[str, ...] | None = None
@@ -140,17 +114,7 @@ class EncodingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a job runs; none of it is part of a recipe.
-
-    Attributes:
-        batch_size: images per forward pass; None goes on as the store began, or chooses.
-        decode_threads: of all workers together; None for one per core.
-        workers: processes that do blocks.
-        on_bad_image: `reject` the row and go on, or `fail`.
-        max_rejected: share of samples beyond which the job fails.
-        allow_mixed: go on where another device, torch, timm or batch size began.
-        dry_run: forecast, and write nothing.
-    """
+    """How a job runs: arguments of `cache_features` of which none is part of a recipe."""
 
     batch_size: int | None = None
     decode_threads: int | None = None
@@ -159,6 +123,11 @@ class RunOptions:
     max_rejected: float = 0.01
     allow_mixed: bool = False
     dry_run: bool = False
+
+    @property
+    def fails_on_bad_image(self) -> bool:
+        """Whether the first bad image ends the job."""
+        return self.on_bad_image == "fail"
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 1:

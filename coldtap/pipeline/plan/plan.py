@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources import Source
 from coldtap.pipeline.plan.backbone_description import BackboneDescription
 from coldtap.pipeline.plan.options import EncodingOptions, RowOptions
@@ -22,13 +23,25 @@ class JobPlan:
 
     source: Source
     backbone: BackboneDescription
+    options: RowOptions
     specs: tuple[ArraySpec, ...]
     rows: RowPlan
     recipe: Recipe
     bound: ErrorBound | None
 
+    def decoder(self, batch_size: int, n_threads: int) -> Decoder:
+        """Return what decodes the job's images, in threads of its own."""
+        return Decoder(
+            source=self.source,
+            preprocess=self.backbone.preprocess,
+            augmentation=self.options.augmentation,
+            seed=self.options.seed,
+            batch_size=batch_size,
+            n_threads=n_threads,
+        )
+
     def targets(self) -> dict[str, bytes]:
-        """The targets' tables by name, as Parquet bytes; none for a source without labels."""
+        """Return the targets' tables by name, as Parquet bytes; none for a source without labels."""
         listing = self.source.listing
         values: Sequence[Any] | None = listing.targets if listing.label_sets is None else listing.label_sets
         if values is None:
@@ -72,4 +85,12 @@ def plan_job(
         rows=rows.to_recipe(source.listing, row_plan),
         encoding=chosen.to_recipe(gathers, specs),
     )
-    return JobPlan(source=source, backbone=backbone, specs=specs, rows=row_plan, recipe=recipe, bound=chosen.bound)
+    return JobPlan(
+        source=source,
+        backbone=backbone,
+        options=rows,
+        specs=specs,
+        rows=row_plan,
+        recipe=recipe,
+        bound=chosen.bound,
+    )

@@ -9,14 +9,10 @@ from coldtap.stores.format.gathers import GATHERS
 def choose_gathers(
     gathers: Sequence[str] | None, taps: str, sum_at: str | None, *, depth: int, one_stream: bool
 ) -> Mapping[str, tuple[int, ...]]:
-    """Tap indices per gather.
+    """Return tap indices per gather.
 
-    Args:
-        gathers: names asked for; None for all that the backbone allows.
-        taps: `all`, `last:K`, or indices with commas.
-        sum_at: indices k with commas; None for the last tap.
-        depth: N, the index of the last tap.
-        one_stream: whether the taps are one stream of tokens, z0 … zN; without it there is no sum.
+    What is asked is as in `cache_features`; depth is N, the index of the last tap. Where the taps are not one stream of
+    tokens, z0 … zN, there is no sum.
 
     Raises:
         OptionError: an unknown gather or a malformed choice, or a sum of stages.
@@ -38,7 +34,7 @@ def choose_gathers(
 
 
 def parse_taps(text: str, depth: int, *, option: str) -> tuple[int, ...]:
-    """Tap indices, ascending, from `all`, `last:K` or indices with commas.
+    """Parse tap indices, ascending, from `all`, `last:K` or indices with commas.
 
     Raises:
         OptionError: the text has another form.

@@ -9,11 +9,12 @@ from typing import Any, Literal, Protocol, get_args
 from torch import nn
 
 from coldtap.errors import ModelError, OptionError
-from coldtap.pipeline.backbones.backbone import exact_float32, load_backbone
+from coldtap.pipeline.backbones.backbone import load_backbone
 from coldtap.pipeline.backbones.integer.artefact import About, read_artefact, write_artefact
 from coldtap.pipeline.backbones.integer.families import anatomy_of
 from coldtap.pipeline.backbones.integer.ranges import RANGE_METHODS, RangeMethod
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels
 from coldtap.pipeline.quantisation.compensation.qwt import RIDGES, compensate_blocks
@@ -32,13 +33,13 @@ class Reporter(Protocol):
     """Told what happens; the command line shows it."""
 
     def note(self, text: str) -> None:
-        """A sentence that the user should read."""
+        """Say a sentence that the user should read."""
 
     def begin(self, n_units: int) -> None:
-        """Compensation begins; so many units will be advanced through."""
+        """Begin compensation; so many units will be advanced through."""
 
     def advance(self, n_units: int) -> None:
-        """Units done since the last call."""
+        """Count units done since the last call."""
 
 
 class Silence:
@@ -109,7 +110,7 @@ def quantize(
         calibration: images: a path that `open_source` understands, a source, or any indexable of (image, target).
         out: the artefact; an older one is replaced, another file is not.
         scheme: bits of weights and activations, such as `w8a8`.
-        compensate: `cwac` (two numbers a channel, folded), `qwt` (a matrix a block, run beside it) or `none`.
+        compensate: `cwac` (two numbers per channel, folded), `qwt` (a matrix per block, run beside it) or `none`.
         checkpoint: local weights for a timm name.
         random_weights: no trained weights, for measurements.
         preprocess: overrides of the model's own configuration, or all of it.
@@ -202,12 +203,7 @@ def _check(
 
 
 def _require_place(path: Path) -> None:
-    """Refuse, before any work, a place where no artefact can be written, or where another file would be lost.
-
-    Raises:
-        OptionError: there is a folder, another file, or a file where a folder would have to be.
-        MachineError: a name is too long, or the place may not be looked at.
-    """
+    """Refuse, before any work, a place where no artefact can be written, or where another file would be lost."""
     require_place(path, "backbone.safetensors")
     if path.exists():
         try:

@@ -2,14 +2,12 @@
 
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from coldtap.pipeline.backbones.backbone import load_from_options
-from coldtap.pipeline.images.decode_ahead import Decoder
 from coldtap.pipeline.images.sources.parquet import ParquetSource
 from coldtap.pipeline.images.sources.spool import SharedSpool
 from coldtap.pipeline.plan.description import JobDescription
@@ -18,7 +16,6 @@ from coldtap.pipeline.run.in_process import BlockRunner
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.reading.recipe_file import require_same_recipe
 from coldtap.stores.storage.contract import Storage
-from coldtap.stores.writing.block import SpareBuffers
 from coldtap.stores.writing.writer import StoreWriter
 
 
@@ -61,29 +58,13 @@ class Assignment:
         if isinstance(source, ParquetSource) and self.spool is not None:
             source.use_spool(self.spool)
         backbone = load_from_options(description.extractor)
-        plan = plan_job(
-            source,
-            backbone.describe(),
-            splits=source.listing.splits,
-            rows=description.rows,
-            encoding=description.encoding,
-        )
+        splits = source.listing.splits
+        plan = plan_job(source, backbone, splits=splits, rows=description.rows, encoding=description.encoding)
         require_same_recipe(self.storage, self.recipe, plan.recipe)
-        writer = StoreWriter.join(self.storage, plan.recipe, plan.specs, plan.rows)
         return BlockRunner(
             backbone=backbone,
-            decoder=Decoder(
-                source=source,
-                preprocess=backbone.preprocess,
-                augmentation=description.rows.augmentation,
-                seed=description.rows.seed,
-                batch_size=self.batch_size,
-                pool=ThreadPoolExecutor(self.decode_threads, thread_name_prefix="decode"),
-                n_threads=self.decode_threads,
-            ),
-            device=ThreadPoolExecutor(1, thread_name_prefix="device"),
-            writer=writer,
-            buffers=SpareBuffers(writer.new_buffers),
+            decoder=plan.decoder(self.batch_size, self.decode_threads),
+            writer=StoreWriter.join(self.storage, plan.recipe, plan.specs, plan.rows),
             environment=self.environment,
             fail_on_bad_image=self.fail_on_bad_image,
             stop=stop,

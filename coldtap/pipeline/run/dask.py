@@ -10,10 +10,9 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -53,8 +52,8 @@ def run_on_workers(
     *,
     advance: Callable[[int], None],
     stop: threading.Event,
-) -> Iterator[JournalLine]:
-    """Journal lines of blocks as they finish; a few per worker at a time.
+) -> Generator[JournalLine]:
+    """Yield journal lines of blocks as they finish; a few per worker at a time.
 
     Leaving the iteration stops the blocks in flight at their next batch, and ends the processes.
 
@@ -93,15 +92,12 @@ class _Blocks:
         while True:
             while len(running) < self._n_in_flight and (block := next(left, None)) is not None:
                 future = self._client.submit(block_of_job, self._name, block, key=f"{self._name}-{block}")
-                future.add_done_callback(partial(self._note_end, block))
+                future.add_done_callback(lambda _, ended=block: self._ended.put(ended))
                 running[block] = future
             if not running:
                 return
             block = self._wait()
             yield _line_of(running.pop(block), block)
-
-    def _note_end(self, block: int, future: "Future[JournalLine]") -> None:
-        self._ended.put(block)
 
     def _wait(self) -> int:
         without_workers = time.monotonic()
@@ -140,12 +136,12 @@ class _Progress:
         self._done: Counter[int] = Counter()
 
     def hear(self, event: tuple[float, Any]) -> None:
-        """A worker's message: block, rows of it done."""
+        """Hear a worker's message: block, rows of it done."""
         block, n_rows = event[1]
         self._reach(block, n_rows)
 
     def finish(self, block: int) -> None:
-        """All rows of a block are done."""
+        """Note that all rows of a block are done."""
         self._reach(block, len(self._plan.block(block)))
 
     def _reach(self, block: int, n_rows: int) -> None:

@@ -13,9 +13,7 @@ from coldtap.stores.format.journal import JournalLine
 class AssignedJob(WorkerPlugin):
     """Brings a job to every worker, to those too that are started in place of dead ones.
 
-    Args:
-        name: of the job.
-        assignment: what the worker makes ready at its first block, where an error reaches the user.
+    A worker makes the assignment ready at its first block, where an error reaches the user.
     """
 
     idempotent = True

@@ -1,8 +1,8 @@
 """Running the blocks of a job in one process: decoding, the device and writing overlap."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,29 +19,29 @@ from coldtap.stores.writing.writer import StoreWriter
 BLOCKS_IN_FLIGHT = 3
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class BlockRunner:
     """Does blocks of one job in this process, several at a time.
 
+    One thread runs the backbone, block after block, while other blocks decode or write; memory of blocks that are
+    written is kept for the next ones.
+
     Attributes:
-        backbone: the frozen model.
-        decoder: images to pixels.
-        writer: the store in the making.
-        buffers: of blocks that are written, for the next ones.
         environment: where the job runs, for the journal.
         fail_on_bad_image: raise at the first bad image instead of rejecting its row.
-        device: the one thread that runs the backbone, block after block, while other blocks decode or write.
         stop: set when the job must end; blocks in flight are then dropped at their next batch.
     """
 
     backbone: Backbone
     decoder: Decoder
     writer: StoreWriter
-    buffers: SpareBuffers
     environment: Mapping[str, Any]
     fail_on_bad_image: bool
-    device: Executor
     stop: threading.Event
+
+    def __post_init__(self) -> None:
+        self._buffers = SpareBuffers(self.writer.new_buffers)
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
 
     def run_block(self, block: int, advance: Callable[[int], None]) -> JournalLine:
         """Decode, extract and write one block.
@@ -57,7 +57,7 @@ class BlockRunner:
         """
         # Decoding starts at once; the features wait for the device.
         batches = self.decoder.batches([Sample(row.sample, row.view) for row in self.writer.plan.block(block)])
-        found = self.device.submit(self._extract, block, self._watched(batches, advance)).result()
+        found = self._device.submit(self._extract, block, self._watched(batches, advance)).result()
         line = self.writer.write_block(
             block,
             found.buffers,
@@ -66,18 +66,19 @@ class BlockRunner:
             ranges=found.ranges,
             environment=self.environment,
         )
-        self.buffers.give_back(found.buffers)
+        self._buffers.give_back(found.buffers)
         return line
 
-    def run_blocks(self, blocks: Sequence[int], advance: Callable[[int], None]) -> Iterator[JournalLine]:
-        """Journal lines of blocks as they finish; a few at a time, so that memory does not grow with the dataset.
+    def run_blocks(self, blocks: Sequence[int], advance: Callable[[int], None]) -> Generator[JournalLine]:
+        """Yield journal lines of blocks as they finish; a few at a time, so that memory does not grow with the dataset.
 
         An error in one block, or leaving the iteration, stops the others at their next batch.
         """
-        yield from few_at_once(lambda block: self.run_block(block, advance), blocks, BLOCKS_IN_FLIGHT, self.stop)
+        with self._device:
+            yield from few_at_once(lambda block: self.run_block(block, advance), blocks, BLOCKS_IN_FLIGHT, self.stop)
 
     def _extract(self, block: int, batches: Iterable[DecodedBatch]) -> ExtractedBlock:
-        out = self.buffers.take()
+        out = self._buffers.take()
         try:
             return extract_block(self.backbone, block, batches, out, fail_on_bad_image=self.fail_on_bad_image)
         except UnusableRowError as error:
@@ -88,7 +89,7 @@ class BlockRunner:
             ) from None
 
     def _watched(self, batches: Iterable[DecodedBatch], advance: Callable[[int], None]) -> Iterator[DecodedBatch]:
-        """The batches, told of when they are done, until the job must end."""
+        """Yield the batches until the job must end, and tell when each is done."""
         for batch in batches:
             if self.stop.is_set():
                 raise InterruptedRunError("stopped")

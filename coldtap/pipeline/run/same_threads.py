@@ -5,23 +5,23 @@ means over small batches did not: squeeze-and-excitation networks in batches of 
 on the job's own backbone, in every batch size that the job has.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 
 from coldtap.pipeline.backbones.backbone import Backbone
+from coldtap.pipeline.backbones.torch_state import torch_threads
 from coldtap.stores.format.rows import RowPlan
 
 
 def batch_sizes(plan: RowPlan, batch_size: int) -> set[int]:
-    """Every number of images that a forward pass of the job has: whole batches, and the last ones of blocks."""
+    """Return all numbers of images that a forward pass of the job has: whole batches, and the last of blocks."""
     blocks = {len(plan.block(block)) for block in range(plan.n_blocks)}
     return {batch_size for rows in blocks if rows >= batch_size} | {rows % batch_size for rows in blocks} - {0}
 
 
 def threads_with_the_same_features(backbone: Backbone, sizes: Iterable[int], wanted: int) -> int:
-    """`wanted`, if that many threads give the bits that this process gives with its own number; else the latter."""
+    """Return `wanted`, if so many threads give the bits of this process with its own number; else that number."""
     own = torch.get_num_threads()
     if wanted == own or backbone.device.type != "cpu":
         return wanted
@@ -35,7 +35,7 @@ def _same_features(backbone: Backbone, n_images: int, n_threads: int) -> bool:
     shape = (n_images, len(how.mean), how.height, how.width)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=noise)
     ours = backbone(images)
-    with _torch_threads(n_threads):
+    with torch_threads(n_threads):
         theirs = backbone(images)
     return all(torch.equal(_bits(a), _bits(b)) for a, b in zip(ours, theirs, strict=True))
 
@@ -43,13 +43,3 @@ def _same_features(backbone: Backbone, n_images: int, n_threads: int) -> bool:
 def _bits(values: torch.Tensor) -> torch.Tensor:
     """Bits as integers: a NaN equals itself."""
     return values.contiguous().view(torch.int32 if values.dtype == torch.float32 else torch.int16)
-
-
-@contextmanager
-def _torch_threads(n_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

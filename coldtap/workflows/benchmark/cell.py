@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldtap.adaptors.data.devices import choose_device
 from coldtap.adaptors.networks.contract import arrays_of, describe_gathers, refuse_stage_network
 from coldtap.adaptors.networks.kinds import adaptor_kind
 from coldtap.adaptors.networks.options import parse_options, require_at_least
 from coldtap.adaptors.results import Cell
 from coldtap.adaptors.training.options import TrainingOptions
 from coldtap.adaptors.training.protocol import PROTOCOLS, run_protocol
+from coldtap.device import choose_device
 from coldtap.errors import ColdtapError, InterruptedRunError, MissingFeaturesError, OptionError
 from coldtap.stores import open_store
 from coldtap.stores.format.gathers import GATHERS

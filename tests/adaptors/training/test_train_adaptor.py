@@ -267,8 +267,8 @@ def test_a_single_class_is_refused(tmp_path):
         ({"seed": -1}, OptionError, r"seed=-1"),
         ({"adaptor": "lora"}, OptionError, r"unknown adaptor 'lora'"),
         ({"settings": {"rank": 2}}, OptionError, r"adaptor linear has no option 'rank'; it knows pool="),
-        ({"device": "tpu"}, OptionError, r"device=tpu: it must be auto, cpu, cuda or cuda:N"),
-        ({"device": "cuda:99"}, MachineError, r"device=cuda:99: torch finds \d+ GPUs"),
+        ({"device": "tpu"}, OptionError, r"`device='tpu'`: choose auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:99"}, MachineError, r"`device='cuda:99'`: this machine has \d+ GPUs"),
         ({"adaptor": "mist", "settings": {"at": 1}}, MissingFeaturesError, r"MIST needs the sum at tap 1"),
     ],
 )

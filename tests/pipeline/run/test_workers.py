@@ -179,7 +179,7 @@ class Summing(nn.Module):
 @pytest.mark.parametrize(("sizes", "threads"), [({4, 8}, 1), ({3, 4}, 2)])
 def test_a_worker_takes_fewer_threads_only_where_the_features_stay_the_same(sizes, threads):
     model = nn.Sequential(Summing(), nn.Identity())
-    backbone = load_backbone(model, device="cpu", preprocess=SMALL, taps=("0", "1"))
+    backbone = load_backbone(model, device="cpu", preprocess=SMALL, tap_names=("0", "1"))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -6,7 +6,7 @@ first.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
@@ -60,26 +60,22 @@ class Anatomy:
     norms_before: Mapping[str, str]
     left_float: Mapping[str, str]
 
-    def with_layers(self, layers: Sequence[str], left_float: Mapping[str, str]) -> "Anatomy":
-        """The same with fewer layers."""
-        return replace(self, layers=layers, left_float={**self.left_float, **left_float})
-
     def output(self, model: nn.Module, images: Tensor) -> Tensor:
-        """What the last unit gives for images (batch, channel, height, width)."""
+        """Return what the last unit gives for images (batch, channel, height, width)."""
         x = images
         for unit in self.units:
             x = unit.run(model, x)
         return x
 
     def layers_of(self, unit: Unit) -> list[str]:
-        """The layers of a unit, in order."""
+        """Return the layers of a unit, in order."""
         blocks = tuple(f"{one.name}." for one in self.units if one.name)
         if unit.name:
             return [name for name in self.layers if name.startswith(f"{unit.name}.")]
         return [name for name in self.layers if not name.startswith(blocks)]
 
     def choose_sites(self, patterns: Sequence[str]) -> list[str]:
-        """The layers that match one of the patterns.
+        """Return the layers that match one of the patterns.
 
         Raises:
             ModelError: a pattern that matches no quantised layer: there is no scale to fold into.
@@ -94,7 +90,7 @@ class Anatomy:
 
 
 def anatomy_of(model: nn.Module) -> Anatomy:
-    """What a model is made of, its norms folded already.
+    """Return what a model is made of, its norms folded already.
 
     Raises:
         ModelError: it is of no family that can be quantised.

@@ -1,8 +1,7 @@
 """Which kernel runs: each is tried against exact integers, and the first right one timed against float32."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -15,6 +14,7 @@ from coldtap.errors import MachineError, OptionError
 from coldtap.pipeline.backbones.integer.kernels import FloatKernel, IntMmKernel, Kernel, OneDnnKernel, follow
 from coldtap.pipeline.backbones.integer.product import GeluInto, Product, Window
 from coldtap.pipeline.backbones.integer.ranges import ActivationRange
+from coldtap.pipeline.backbones.torch_state import torch_threads
 
 type KernelOption = Literal["auto", "int", "float"]
 KERNEL_OPTIONS: tuple[KernelOption, ...] = get_args(KernelOption.__value__)
@@ -28,8 +28,22 @@ class KernelChoice:
     why: str
 
 
-def choose_kernel(option: str, device: torch.device, *, convolutions: bool = False) -> KernelChoice:
-    """The kernel of an option, or of a kernel's own name.
+type Speed = Callable[[Kernel, Probe, torch.device], float]
+
+INT_MM = IntMmKernel()
+# The integer kernels of a kind of device, the preferred one first.
+KERNELS: Mapping[str, Sequence[Kernel]] = {"cpu": (OneDnnKernel(), INT_MM), "cuda": (INT_MM,)}
+
+
+def choose_kernel(
+    option: str,
+    device: torch.device,
+    *,
+    convolutions: bool = False,
+    kernels: Sequence[Kernel] | None = None,
+    speed: Speed | None = None,
+) -> KernelChoice:
+    """Choose the kernel of an option, or of a kernel's own name.
 
     `int` takes the first kernel that computes exactly, `onednn` before `int_mm`. `auto` takes that one too, if it beats
     float32, else `float`. No clock stands between two kernels of integers: they differ in the last bits of features,
@@ -39,58 +53,53 @@ def choose_kernel(option: str, device: torch.device, *, convolutions: bool = Fal
         option: `auto`, `int`, `float`, or a kernel's name.
         device: where it is to run.
         convolutions: whether the model consists of convolutions; else of linears.
+        kernels: of integers, the preferred one first; None for those of the device.
+        speed: of a kernel over float32; None to measure it.
 
     Raises:
         OptionError: no such option.
         MachineError: integers are asked for, and no kernel computes exactly on this machine.
     """
-    named = _kernels_of(device.type)
+    kernels = KERNELS[device.type] if kernels is None else kernels
     if option == "float":
         return KernelChoice(kernel=FloatKernel(), why="as asked: floats are restored and multiplied")
-    if option in named:
-        if (wrong := _flaw(option, device)) is not None:
+    if named := [kernel for kernel in kernels if kernel.name == option]:
+        if (wrong := flaw_of(named[0], device)) is not None:
             raise MachineError(f"`kernel={option!r}`: {wrong} on this machine; use `kernel='auto'`")
-        return KernelChoice(kernel=named[option], why="as asked")
+        return KernelChoice(kernel=named[0], why="as asked")
     if option not in KERNEL_OPTIONS:
         raise OptionError(f"`kernel={option!r}`: choose one of {', '.join(KERNEL_OPTIONS)}")
-    first, flaws = _first_exact(device)
+    first, flaws = _first_exact(kernels, device)
     if first is None:
         if option == "int":
             raise MachineError(
                 f"`kernel='int'`: no integer kernel computes exactly here ({flaws}); use `kernel='float'`"
             )
         return KernelChoice(kernel=FloatKernel(), why=f"no integer kernel computes exactly here ({flaws})")
-    why = f"{first} computes exactly" + (f" ({flaws})" if flaws else "")
+    why = f"{first.name} computes exactly" + (f" ({flaws})" if flaws else "")
     if option == "int":
-        return KernelChoice(kernel=named[first], why=why)
-    probe = _CONVOLUTION if convolutions else _LINEAR
-    speed = _speed(first, probe, device)
-    why = f"{why}, at {speed:.1f} × the speed of float32 on {probe.name}"
-    if speed <= 1:
+        return KernelChoice(kernel=first, why=why)
+    probe = CONVOLUTION if convolutions else LINEAR
+    gain = (speed or measure_speed)(first, probe, device)
+    why = f"{why}, at {gain:.1f} × the speed of float32 on {probe.name}"
+    if gain <= 1:
         return KernelChoice(kernel=FloatKernel(), why=f"{why}: no gain")
-    return KernelChoice(kernel=named[first], why=why)
+    return KernelChoice(kernel=first, why=why)
 
 
-def _kernels_of(device_type: str) -> dict[str, Kernel]:
-    """The integer kernels of a kind of device, the preferred one first."""
-    kernels: tuple[Kernel, ...] = (OneDnnKernel(), IntMmKernel()) if device_type == "cpu" else (IntMmKernel(),)
-    return {kernel.name: kernel for kernel in kernels}
-
-
-def _first_exact(device: torch.device) -> tuple[str | None, str]:
+def _first_exact(kernels: Sequence[Kernel], device: torch.device) -> tuple[Kernel | None, str]:
     """The first kernel without a flaw, if any, and the flaws of those before it."""
     flaws: list[str] = []
-    for name in _kernels_of(device.type):
-        if (flaw := _flaw(name, device)) is None:
-            return name, "; ".join(flaws)
-        flaws.append(f"{name}: {flaw}")
+    for kernel in kernels:
+        if (flaw := flaw_of(kernel, device)) is None:
+            return kernel, "; ".join(flaws)
+        flaws.append(f"{kernel.name}: {flaw}")
     return None, "; ".join(flaws)
 
 
 @cache
-def _flaw(name: str, device: torch.device) -> str | None:
-    """What is wrong with a kernel on this machine; None where its integers are exact."""
-    kernel = _kernels_of(device.type)[name]
+def flaw_of(kernel: Kernel, device: torch.device) -> str | None:
+    """Say what is wrong with a kernel on this machine; None where its integers are exact."""
     try:
         for product, codes in _hard_products(device):
             if not _is_right(kernel.prepare(product)(codes), product, codes):
@@ -164,7 +173,7 @@ def _exactly(product: Product, codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Probe:
+class Probe:
     """Sizes of a product to time."""
 
     name: str
@@ -173,8 +182,8 @@ class _Probe:
     window: Window | None
 
 
-_LINEAR = _Probe(name="a linear of ViT-B's size", values=(1576, 768), weight=(768, 768), window=None)  # eight images
-_CONVOLUTION = _Probe(
+LINEAR = Probe(name="a linear of ViT-B's size", values=(1576, 768), weight=(768, 768), window=None)  # eight images
+CONVOLUTION = Probe(
     name="a convolution of ResNet-50's size",
     values=(4, 128, 28, 28),
     weight=(128, 128, 3, 3),
@@ -183,8 +192,8 @@ _CONVOLUTION = _Probe(
 
 
 @cache
-def _speed(name: str, probe: _Probe, device: torch.device) -> float:
-    """Speed of a kernel, with its inputs quantised, over float32; on the CPU of one thread."""
+def measure_speed(kernel: Kernel, probe: Probe, device: torch.device) -> float:
+    """Measure a kernel, with its inputs quantised, over float32; on the CPU by one thread."""
     product = Product(
         codes=torch.ones(probe.weight, dtype=torch.int8, device=device),
         scale=torch.ones(probe.weight[0], device=device),
@@ -194,7 +203,7 @@ def _speed(name: str, probe: _Probe, device: torch.device) -> float:
         then=None,
     )
     values, weight, window = torch.ones(probe.values, device=device), product.codes.float(), probe.window
-    integers = _kernels_of(device.type)[name].prepare(product)
+    integers = kernel.prepare(product)
 
     def run_float() -> Tensor:
         if window is None:
@@ -204,7 +213,8 @@ def _speed(name: str, probe: _Probe, device: torch.device) -> float:
     def run_integers() -> Tensor:
         return integers(product.input.quantise(values, 255))
 
-    with _one_thread():
+    # Where cores are busy, threads wait for each other many times longer than a product takes.
+    with torch_threads(1):
         turns = [(_seconds(run_float, device), _seconds(run_integers, device)) for _ in range(6)]
     return min(turn[0] for turn in turns) / min(turn[1] for turn in turns)
 
@@ -217,14 +227,3 @@ def _seconds(run: Callable[[], Tensor], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock() - began
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Where cores are busy, threads wait for each other many times longer than a product takes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

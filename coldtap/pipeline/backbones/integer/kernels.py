@@ -22,8 +22,10 @@ class Kernel(Protocol):
 
     name: str
 
+    def __hash__(self) -> int: ...
+
     def prepare(self, product: Product) -> Run:
-        """What takes codes, uint8 (…, in) or (batch, in, height, width), to y, or to the codes of what follows."""
+        """Return what takes codes, uint8 (…, in) or (batch, in, height, width), to y or the codes of what follows."""
 
 
 class FloatKernel:
@@ -32,7 +34,7 @@ class FloatKernel:
     name = "float"
 
     def prepare(self, product: Product) -> Run:
-        """As `Kernel`."""
+        """Prepare, as `Kernel`."""
         weight = product.codes.float() * product.scale.reshape(-1, *(1,) * (product.codes.ndim - 1))
         window = product.window
 
@@ -47,7 +49,7 @@ class FloatKernel:
 
 
 def follow(y: Tensor, then: GeluInto | None) -> Tensor:
-    """y, or the codes of what follows."""
+    """Return y, or the codes of what follows."""
     if then is None:
         return y
     return then.range.quantise(functional.gelu(y, approximate=then.approximate), then.largest)
@@ -59,7 +61,7 @@ class OneDnnKernel:
     name = "onednn"
 
     def prepare(self, product: Product) -> Run:
-        """As `Kernel`."""
+        """Prepare, as `Kernel`."""
         ops, window = torch.ops.onednn, product.window
         x, then = product.input, product.then
         zeros = torch.zeros(len(product.codes), dtype=torch.int32)
@@ -98,7 +100,7 @@ class IntMmKernel:
     name = "int_mm"
 
     def prepare(self, product: Product) -> Run:
-        """As `Kernel`."""
+        """Prepare, as `Kernel`."""
         n_out = len(product.codes)
         weight = product.codes.reshape(n_out, -1).t()  # (in, out), column-major as cuBLAS wants it
         k = weight.shape[0]

@@ -76,7 +76,7 @@ class QuantisedLayer(nn.Module):
         self._kernel, self._then, self._run = kernel, then, None
 
     def product(self) -> Product:
-        """Its integer product, compensation folded in."""
+        """Return its integer product, compensation folded in."""
         scale, bias = self.weight_scale, self.bias
         if self.affine is not None:
             # In float64, and rounded once.
@@ -86,11 +86,11 @@ class QuantisedLayer(nn.Module):
         return Product(codes=self.codes, scale=scale, bias=bias, input=self.input, window=self.window, then=self._then)
 
     def quantise(self, values: Tensor) -> Tensor:
-        """The codes of an input."""
+        """Quantise an input to its codes."""
         return self.input.quantise(values, self.scheme.largest_activation)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out), or (batch, in, height, width) to (batch, out, height, width); the input may be codes."""
+        """Map (…, in) to (…, out), or (batch, in, height, width) to (batch, out, height, width); x may be codes."""
         if self._run is None:
             self._run = self._kernel.prepare(self.product())
         return self._run(x if x.dtype == torch.uint8 else self.quantise(x))
@@ -104,7 +104,7 @@ class QuantisedLayer(nn.Module):
 
 
 def window_of(layer: nn.Linear | nn.Conv2d) -> Window | None:
-    """The geometry of a convolution; None of a linear."""
+    """Return the geometry of a convolution; None of a linear."""
     if isinstance(layer, nn.Linear):
         return None
     assert not isinstance(layer.padding, str)
@@ -113,5 +113,5 @@ def window_of(layer: nn.Linear | nn.Conv2d) -> Window | None:
 
 
 def quantised_layers(model: nn.Module) -> dict[str, QuantisedLayer]:
-    """All quantised layers of a model, by name."""
+    """Return all quantised layers of a model, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantisedLayer)}

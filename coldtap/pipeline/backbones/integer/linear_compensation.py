@@ -32,7 +32,7 @@ class LinearCompensation(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, token, in) to (batch, token, out), or maps (batch, in, height, width) to (batch, out, …)."""
+        """Map (batch, token, in) to (batch, token, out), or maps (batch, in, height, width) to (batch, out, …)."""
         weight = self.weight.float()
         if x.ndim == 3:
             return x @ weight[0] + self.bias

@@ -13,7 +13,7 @@ from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
 
 
 def build_quantised(artefact: Artefact, path: Path, model: str | nn.Module | None) -> nn.Module:
-    """The model of an artefact, in eval mode; no float weights are fetched.
+    """Build the model of an artefact, in eval mode; no float weights are fetched.
 
     Args:
         artefact: that was read from `path`.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Signed codes of any shape as ⌈n · bits / 8⌉ bytes; each code as two's complement of `bits` bits."""
+    """Pack signed codes of any shape into ⌈n · bits / 8⌉ bytes; each code as two's complement of `bits` bits."""
     flat = codes.reshape(-1).numpy().view(np.uint8)
     if bits == 8:
         return torch.from_numpy(flat.copy())
@@ -17,7 +17,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The int8 codes of `pack`.
+    """Return the int8 codes of `pack`.
 
     Raises:
         ValueError: there are more or fewer bytes than that shape takes.

@@ -15,7 +15,7 @@ type RangeMethod = Literal["percentile", "least-squares"]
 RANGE_METHODS: tuple[RangeMethod, ...] = get_args(RangeMethod.__value__)
 
 PERCENTILE = 0.9999
-SAMPLED_ROWS = 2048  # tokens or pixels a layer; of 768 channels 1.6 million values
+SAMPLED_ROWS = 2048  # tokens or pixels per layer; of 768 channels 1.6 million values
 _WEIGHT_CLIPS = torch.linspace(1.0, 0.4, 31)
 _ACTIVATION_CLIPS = torch.linspace(1.0, 0.1, 46).tolist()
 _SAMPLED_VALUES = 100_000
@@ -30,20 +30,20 @@ class ActivationRange:
 
     @classmethod
     def spanning(cls, low: float, high: float, largest: int) -> Self:
-        """The range from `low` to `high`, widened to hold zero."""
+        """Return the range from `low` to `high`, widened to hold zero."""
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / largest, torch.finfo(torch.float32).tiny)
         scale = float(torch.tensor(scale, dtype=torch.float32))  # what every kernel and every file holds
         return cls(scale=scale, zero=min(max(round(-low / scale), 0), largest))
 
     def quantise(self, values: Tensor, largest: int) -> Tensor:
-        """Codes of float values, any shape, as uint8."""
+        """Quantise float values of any shape to codes, uint8."""
         # Three passes over memory: what is cut off behind a half more is rounded.
         half_more = torch.tensor(self.zero + 0.5, device=values.device)
         return torch.add(half_more, values, alpha=1 / self.scale).clamp_(0, largest).to(torch.uint8)
 
     def restore(self, codes: Tensor) -> Tensor:
-        """The float32 values of codes."""
+        """Restore the float32 values of codes."""
         return (codes.to(torch.float32) - self.zero) * self.scale
 
 
@@ -67,19 +67,14 @@ class SampledRows:
         self._rows.append(rows[chosen.to(rows.device)].float().cpu())
 
     def rows(self) -> Tensor:
-        """The remembered rows (row, channel), float32."""
+        """Return the remembered rows (row, channel), float32."""
         return torch.cat(self._rows)
 
 
 def activation_range(rows: Tensor, low: float, high: float, method: RangeMethod, largest: int) -> ActivationRange:
-    """Scale and zero point of a tensor.
+    """Return scale and zero point of a tensor.
 
-    Args:
-        rows: remembered values (row, channel).
-        low: least value seen.
-        high: greatest value seen.
-        method: how the range is chosen.
-        largest: code.
+    `rows` are remembered values (row, channel); `low` and `high` are the least and the greatest seen.
     """
     values = _some(rows.flatten())
     if method == "percentile":
@@ -104,7 +99,7 @@ def _some(values: Tensor) -> Tensor:
 
 
 def weight_scales(weight: Tensor, method: RangeMethod, largest: int) -> Tensor:
-    """The scale of each output channel.
+    """Return the scale of each output channel.
 
     Args:
         weight: (out, in).
@@ -127,7 +122,7 @@ def weight_scales(weight: Tensor, method: RangeMethod, largest: int) -> Tensor:
 
 
 def weight_codes(weight: Tensor, scales: Tensor, largest: int) -> Tensor:
-    """Codes (out, in) as int8 of a weight (out, in) at the scales (out,)."""
+    """Return codes (out, in) as int8 of a weight (out, in) at the scales (out,)."""
     return (weight.float() / scales[:, None]).round().clamp(-largest, largest).to(torch.int8)
 
 

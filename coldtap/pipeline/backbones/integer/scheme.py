@@ -21,7 +21,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, name: str) -> Self:
-        """The scheme of a name such as `w8a8`.
+        """Return the scheme of a name such as `w8a8`.
 
         Raises:
             OptionError: it is no such name.
@@ -62,7 +62,7 @@ class SchemeByLayer:
 
     @classmethod
     def parse(cls, scheme: str, overrides: Sequence[str]) -> Self:
-        """From a scheme's name and `PATTERN=SCHEME` or `PATTERN=float`.
+        """Parse a scheme's name and `PATTERN=SCHEME` or `PATTERN=float`.
 
         Raises:
             OptionError: one of them has another form.
@@ -70,7 +70,7 @@ class SchemeByLayer:
         return cls(scheme=Scheme.parse(scheme), overrides=[parse_override(one) for one in overrides])
 
     def of(self, layer: str) -> Scheme | None:
-        """The scheme of a layer; None where it stays float."""
+        """Return the scheme of a layer; None where it stays float."""
         first = any(fnmatchcase(layer, pattern) for pattern in FIRST_LAYERS)
         found: Scheme | Literal["float"] = Scheme(weight_bits=8, activation_bits=8) if first else self.scheme
         for pattern, other in self.overrides:
@@ -79,7 +79,7 @@ class SchemeByLayer:
         return found if isinstance(found, Scheme) else None
 
     def require_layers(self, layers: Sequence[str]) -> None:
-        """Every override is of some layer.
+        """Require that every override is of some layer.
 
         Raises:
             OptionError: one is not, and would go unnoticed.
@@ -92,7 +92,7 @@ class SchemeByLayer:
 
 
 def parse_override(text: str) -> tuple[str, Scheme | Literal["float"]]:
-    """Pattern and scheme of `PATTERN=SCHEME`.
+    """Parse pattern and scheme of `PATTERN=SCHEME`.
 
     Raises:
         OptionError: it has another form.

@@ -50,15 +50,11 @@ def build_reference(weights: Path = WEIGHTS, layout: Mapping[str, Any] = LAYOUT)
     Images of shape (batch, 3, 32, 32) give taps z0 … z9 of shape (batch, 65, 192): one class token, then an
     8 x 8 grid.
 
-    Args:
-        weights: The packaged file.
-        layout: Arguments of timm's class.
-
     Returns:
         A float32 model in eval mode. `timm.data.resolve_model_data_config` finds its preprocessing.
 
     Raises:
-        ModelError: The packaged weights are missing, are not those of this version, or do not fit the layout.
+        ModelError: the packaged weights are missing, are not those of this version, or do not fit the layout.
     """
     state = _read_weights(weights, WEIGHTS_SHA256)
     model = VisionTransformer(**layout)

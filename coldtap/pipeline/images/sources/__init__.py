@@ -28,15 +28,15 @@ def open_source(source: object, *, labels: Labels = "required", seed: int = 0) -
     """List a source, whatever it is, without reading its images.
 
     Args:
-        source: A path, an indexable of (image, target), or a dict of such by split.
+        source: a path, an indexable of (image, target), or a dict of such by split.
         labels: 'required' to train from it: labels without gaps, two classes, a train split; a missing val split
             is cut from train. 'optional' only to look at it: any images will do, samples without a split are
             test, and no val split is cut.
-        seed: Draws the val split that is cut from train.
+        seed: draws the val split that is cut from train.
 
     Raises:
-        SourceError: The source cannot be used, or is none that is known.
-        MachineError: It cannot be reached.
+        SourceError: the source cannot be used, or is none that is known.
+        MachineError: it cannot be reached.
     """
     if isinstance(source, (str, os.PathLike)):
         return _open_path(Path(source), labels, seed)

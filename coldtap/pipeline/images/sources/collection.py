@@ -17,16 +17,15 @@ WANTED = (
 
 
 def find_datasets(folder: Path, only: Collection[str] = ()) -> dict[str, Path]:
-    """Returns the datasets in a folder by name, sorted; their images are not read.
+    """Return the datasets in a folder by name, sorted; their images are not read.
 
-    Args:
-        folder: Holds a Parquet file a dataset, or a folder a dataset; other files are passed over.
-        only: Names to pick; all by default.
+    The folder holds a Parquet file per dataset, or a folder per dataset; other files are passed over. `only` are names
+    to pick; all by default.
 
     Raises:
-        SourceError: There are none, both kinds, folders that are none, or not those that are picked; or the folder is
+        SourceError: there are none, both kinds, folders that are none, or not those that are picked; or the folder is
             itself a dataset.
-        MachineError: It cannot be listed.
+        MachineError: it cannot be listed.
     """
     files, folders = _entries(folder)
     if is_vtab(folder) or _are_splits([*files, *folders]):

@@ -18,7 +18,7 @@ def require_columns(found: Collection[str], wanted: Collection[str], *, name: st
     """Check that columns are there.
 
     Raises:
-        SourceError: Some are not; the message lists the columns found.
+        SourceError: some are not; the message lists the columns found.
     """
     lacking = [column for column in wanted if column not in found]
     if lacking:
@@ -32,7 +32,7 @@ def strings(table: pa.Table, column: str, *, name: str) -> list[str | None] | No
     """Return a column as strings, or None where the table has no such column.
 
     Raises:
-        SourceError: The column holds neither strings nor integers.
+        SourceError: the column holds neither strings nor integers.
     """
     if column not in table.column_names:
         return None
@@ -48,7 +48,7 @@ def whole_strings(table: pa.Table, column: str, *, name: str) -> list[str] | Non
     """Return a column as strings of which none may be null; None where the table has no such column.
 
     Raises:
-        SourceError: A value is null or of another type.
+        SourceError: a value is null or of another type.
     """
     found = strings(table, column, name=name)
     if found is None:
@@ -64,7 +64,7 @@ def labels_of(table: pa.Table, *, name: str) -> npt.NDArray[np.int64] | LabelSet
     Lists may hold integers, or strings, whose numbers are their places in `class_names_of`.
 
     Raises:
-        SourceError: The column holds neither integers nor lists of integers or strings.
+        SourceError: the column holds neither integers nor lists of integers or strings.
     """
     if "label" not in table.column_names:
         return None
@@ -110,7 +110,7 @@ def class_names_of(table: pa.Table, *, name: str) -> list[str] | None:
     """Return the name of each label 0 … C-1, or None without names or where labels have gaps.
 
     Raises:
-        SourceError: A name is null, a label has two names, or label_name stands beside lists of labels.
+        SourceError: a name is null, a label has two names, or label_name stands beside lists of labels.
     """
     if "label" in table.column_names and _is_list(table["label"].type):
         if "label_name" in table.column_names:

@@ -18,14 +18,7 @@ _FILE_ERRORS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, Permis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileSource:
-    """Images in files of their own.
-
-    Attributes:
-        name: What the user named.
-        listing: What is known of the samples.
-        root: The folder that relative paths start from.
-        paths: One a sample, relative to the root or absolute.
-    """
+    """Images in files of their own; paths, one per sample, are relative to the root or absolute."""
 
     name: str
     listing: Listing
@@ -45,8 +38,8 @@ def read_file(path: str) -> bytes:
     """Return the bytes of a file.
 
     Raises:
-        BadImageError: The file is not there or may not be read.
-        MachineError: Reading failed for another reason, which may pass: a stale mount, a broken disk.
+        BadImageError: the file is not there or may not be read.
+        MachineError: reading failed for another reason, which may pass: a stale mount, a broken disk.
     """
     try:
         with open(path, "rb") as file:
@@ -61,7 +54,7 @@ def file_sizes(root: str, paths: Sequence[str], *, name: str) -> tuple[list[int]
     """Return the size in bytes of each file, MISSING where it is not there, and a note if some are not.
 
     Raises:
-        SourceError: None of the files is there.
+        SourceError: none of the files is there.
     """
     sizes = [_file_size(os.path.join(root, path)) for path in paths]
     n_missing = sizes.count(MISSING)

@@ -53,8 +53,8 @@ def open_folder(root: Path, *, labels: Labels, seed: int) -> FileSource:
     Where labels are optional, images outside class folders are fine, and then all images are unlabelled.
 
     Raises:
-        SourceError: No class folders, one without images, an unknown split, a class that train lacks.
-        MachineError: A folder cannot be listed.
+        SourceError: no class folders, one without images, an unknown split, a class that train lacks.
+        MachineError: a folder cannot be listed.
     """
     name = str(root)
     found = _Found()

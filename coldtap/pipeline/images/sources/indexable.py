@@ -88,7 +88,7 @@ class IndexableSource:
         """Return the image of an item.
 
         Raises:
-            BadImageError: The object raised an error, or gave no image.
+            BadImageError: the object raised an error, or gave no image.
         """
         try:
             image = self._image(self._item(index))
@@ -180,7 +180,7 @@ class IndexableSource:
             whole = [target for column in columns for target in column]
             if all(_agrees(probe.target, whole[probe.at]) for probe in probes):
                 return self._column(whole)
-        return self._column([self._target_of(index) for part in self._parts for index in _indices(part)])
+        return self._column([self._target_of(index) for index in range(sum(len(part.data) for part in self._parts))])
 
     def _column(self, targets: list[_Target]) -> npt.NDArray[np.int64] | LabelSets:
         """One column of all targets: integers, or sets of labels.
@@ -245,10 +245,6 @@ def _parts(source: Indexable | Mapping[str, Indexable], name: str) -> list[_Part
     if not parts:
         raise SourceError(f"{name}: no splits; accepted: {ACCEPTED}")
     return parts
-
-
-def _indices(part: _Part) -> range:
-    return range(part.start, part.start + len(part.data))
 
 
 def _declared(data: Indexable) -> Sequence[_Target] | None:

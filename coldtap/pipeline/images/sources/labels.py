@@ -33,7 +33,7 @@ def check_labels(
         The labels, or None where there are none, and a sentence where labels were left out.
 
     Raises:
-        SourceError: Labels are missing, null, negative, with gaps, beyond the class names, or of one class.
+        SourceError: labels are missing, null, negative, with gaps, beyond the class names, or of one class.
     """
     if targets is None:
         if labels == "required":
@@ -66,13 +66,7 @@ def _check_range(
         raise SourceError(f"{name}: label {present[-1]} at {place(index)}, but only {n_classes} class names")
     if labels == "optional":
         return
-    if len(present) < n_classes:
-        absent = np.setdiff1d(np.arange(min(n_classes, len(present) + 5)), present)
-        gaps = n_classes - len(present)
-        raise SourceError(
-            f"{name}: labels have gaps: of the classes 0 … {n_classes - 1} no image has "
-            f"{a_few_of(absent, gaps)}; renumber them 0 … {len(present) - 1}"
-        )
+    _refuse_gaps(present.tolist(), n_classes, name)
     if n_classes < 2:
         raise SourceError(f"{name}: a single class, {_called(0, class_names)}; an adaptor needs at least two")
 
@@ -93,7 +87,7 @@ def check_label_sets(
         The sets, or None where they are left out, and a sentence where they were.
 
     Raises:
-        SourceError: A set is null, a label stands twice, is negative, or beyond the class names; without names, labels
+        SourceError: a set is null, a label stands twice, is negative, or beyond the class names; without names, labels
             have gaps; no image has a label.
     """
     nulls = [index for index, found in enumerate(sets) if found is None]
@@ -116,13 +110,18 @@ def check_label_sets(
             raise SourceError(f"{name}: label {wrong} at {place(index)}; the classes are 0 to {n_classes - 1}")
     if labels == "required" and not present:
         raise SourceError(f"{name}: no image has a label; an adaptor needs at least one")
-    if labels == "required" and class_names is None and len(present) < n_classes:
+    if labels == "required" and class_names is None:
+        _refuse_gaps(present, n_classes, name)
+    return found, None
+
+
+def _refuse_gaps(present: Sequence[int], n_classes: int, name: str) -> None:
+    if gaps := n_classes - len(present):
         absent = np.setdiff1d(np.arange(min(n_classes, len(present) + 5)), present)
         raise SourceError(
             f"{name}: labels have gaps: of the classes 0 … {n_classes - 1} no image has "
-            f"{a_few_of(absent, n_classes - len(present))}; renumber them 0 … {len(present) - 1}"
+            f"{a_few_of(absent, gaps)}; renumber them 0 … {len(present) - 1}"
         )
-    return found, None
 
 
 def classes_without_train(

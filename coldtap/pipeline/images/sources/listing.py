@@ -22,17 +22,17 @@ from coldtap.pipeline.images.sources.splits import Labels, cut_val, resolve_spli
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """All that is known of a source before an image is read, one entry a sample in each column.
+    """All that is known of a source before an image is read, one entry per sample in each column.
 
     Attributes:
-        ids: Unique over the source: the path relative to its root, or its id column.
+        ids: unique over the source: the path relative to its root, or its id column.
         splits: 'train', 'val' or 'test'.
         targets: 0 … C-1 without gaps, or None where the source has no labels. A source opened with
             labels='optional' may have gaps.
-        label_sets: Of a source with any number of labels a sample, those of each, ascending; it has no targets then.
-        class_names: One name a class, where the source has names.
-        notes: Sentences that a user must be told.
-        val_is_cut: Whether val was cut from train here, because the source has no val split.
+        label_sets: of a source with any number of labels per sample, those of each, ascending; it has no targets then.
+        class_names: one name per class, where the source has names.
+        notes: sentences that a user must be told.
+        val_is_cut: whether val was cut from train here, because the source has no val split.
         fingerprint: SHA-256 over id and size in bytes of each sample in order, or over ids and what stands for the
             sizes where they cannot be had cheaply (Parquet: row-group sizes; Python: up to 64 hashed items).
     """
@@ -65,8 +65,8 @@ class Source(Protocol):
         """Return the undecoded image of a sample.
 
         Raises:
-            BadImageError: This image cannot be had; others can.
-            MachineError: The machine fails, not the image.
+            BadImageError: this image cannot be had; others can.
+            MachineError: the machine fails, not the image.
         """
 
     def where(self, index: int) -> str:
@@ -88,20 +88,12 @@ def make_listing(
 ) -> Listing:
     """Check the columns of a source and complete them. All sources pass through here.
 
-    Args:
-        name: What the user named, for messages.
-        ids: As in Listing.
-        splits: In any accepted spelling, or None where the source knows none.
-        targets: Labels, NULL where one is missing; or a set of labels each; or None where the source has none.
-        class_names: As in Listing.
-        fingerprint: As in Listing, by `fingerprint_of`.
-        place: Where a sample was listed, for messages.
-        labels: Whether labels, two classes and a train split are required.
-        seed: Draws the val split where there is none.
-        notes: Sentences so far; None among them are left out.
+    `name` (what the user named) and `place` (of a sample) are for messages. `splits` are in any accepted spelling, None
+    where the source knows none; `targets` are labels, NULL where one is missing, or a set of labels each; `seed` draws
+    the val split where there is none; None among the notes are left out. The others are as in `Listing`.
 
     Raises:
-        SourceError: The columns cannot be used.
+        SourceError: the columns cannot be used.
     """
     if not ids:
         raise SourceError(f"{name}: no images")
@@ -140,13 +132,13 @@ def fingerprint_of(
     """Return the SHA-256 over the samples in order.
 
     Args:
-        ids: One a sample.
-        sizes_bytes: One a sample, -1 where a file is missing; None where a size cannot be had cheaply.
-        more: What stands for the sizes then.
-        name: What the user named, for messages.
+        ids: one per sample.
+        sizes_bytes: one per sample, -1 where a file is missing; None where a size cannot be had cheaply.
+        more: what stands for the sizes then.
+        name: what the user named, for messages.
 
     Raises:
-        SourceError: An id cannot be written as UTF-8.
+        SourceError: an id cannot be written as UTF-8.
     """
     digest = hashlib.sha256()
     sizes = iter(sizes_bytes) if sizes_bytes is not None else None

@@ -47,11 +47,7 @@ class _File:
 
 
 class _Rows:
-    """Which row of which file a sample is.
-
-    Args:
-        files: Path and number of rows of each.
-    """
+    """Which row of which file a sample is, from path and number of rows of each file."""
 
     def __init__(self, files: Sequence[tuple[str, int]]) -> None:
         self.files = files
@@ -82,9 +78,9 @@ class ParquetSource:
         """Return the encoded bytes of an image; the first call copies all images to a temporary file.
 
         Raises:
-            BadImageError: The row has neither bytes nor a path that can be read.
-            SourceError: The files are broken or have changed.
-            MachineError: There is no room for the temporary file.
+            BadImageError: the row has neither bytes nor a path that can be read.
+            SourceError: the files are broken or have changed.
+            MachineError: there is no room for the temporary file.
         """
         found = self._spooled().read(index)
         if isinstance(found, bytes):
@@ -99,12 +95,7 @@ class ParquetSource:
         return self._rows.where(index)
 
     def share_spool(self) -> SharedSpool:
-        """What another process needs to read the images without a copy of its own.
-
-        Raises:
-            SourceError: The files are broken or have changed.
-            MachineError: There is no room for the temporary file.
-        """
+        """Return what another process needs to read the images without a copy of its own; raises as `read`."""
         return self._spooled().share()
 
     def use_spool(self, shared: SharedSpool) -> None:
@@ -140,7 +131,7 @@ def open_parquet(path: Path, *, labels: Labels, seed: int) -> ParquetSource:
     Its id is the id column, else the struct's path if that is unique, else FILE:row.
 
     Raises:
-        SourceError: A file cannot be read, lacks columns, or has others than the first.
+        SourceError: a file cannot be read, lacks columns, or has others than the first.
     """
     name = str(path)
     root = path if path.is_dir() else path.parent

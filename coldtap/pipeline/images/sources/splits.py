@@ -45,7 +45,7 @@ def resolve_splits(
     A source without any split is all train, or all test where labels are optional.
 
     Raises:
-        SourceError: A split is unknown or null, or there is no train split in a source to train from.
+        SourceError: a split is unknown or null, or there is no train split in a source to train from.
     """
     if given is None:
         return ["train" if labels == "required" else "test"] * count
@@ -84,7 +84,7 @@ def cut_val(
         The new splits, and a sentence that says what was done.
 
     Raises:
-        SourceError: No class has two train images.
+        SourceError: no class has two train images.
     """
     of_class: dict[int, list[int]] = {}
     strata = [0] * len(splits) if targets is None else targets.tolist()

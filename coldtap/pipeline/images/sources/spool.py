@@ -45,11 +45,11 @@ class Spool:
     """The image column of some Parquet files, in a temporary file.
 
     Args:
-        files: Path and number of rows of each.
+        files: path and number of rows of each.
 
     Raises:
-        SourceError: A file is broken, or no longer what it was when it was listed.
-        MachineError: The temporary file cannot be written, as on a full disk.
+        SourceError: a file is broken, or no longer what it was when it was listed.
+        MachineError: the temporary file cannot be written, as on a full disk.
     """
 
     def __init__(self, files: Sequence[tuple[str, int]]) -> None:
@@ -78,13 +78,13 @@ class Spool:
         return stored if kind == _BYTES else stored.decode() if kind == _PATH else None
 
     def share(self) -> SharedSpool:
-        """What another process needs to read this spool while this process lives."""
+        """Return what another process needs to read this spool while this process lives."""
         path = f"/proc/{os.getpid()}/fd/{self._file}"
         return SharedSpool(path=path, identity=_identity(self._file), offsets=self._offsets, kinds=self._kinds)
 
     @classmethod
     def join(cls, shared: SharedSpool) -> "Spool | None":
-        """Another process's spool, or None where it cannot be reached: on another machine, or without /proc."""
+        """Return another process's spool, or None where it cannot be reached: on another machine, or without /proc."""
         try:
             file = os.open(shared.path, os.O_RDONLY)
         except OSError:

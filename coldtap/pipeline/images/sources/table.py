@@ -34,7 +34,7 @@ def open_table(file: Path, *, labels: Labels, seed: int) -> FileSource:
     Without an id column, ids are the paths: relative to that folder where they lie below it.
 
     Raises:
-        SourceError: The table cannot be read, lacks a column, or none of its files is there.
+        SourceError: the table cannot be read, lacks a column, or none of its files is there.
     """
     name, root = str(file), str(file.parent)
     table = _read_csv(file, name) if file.suffix.lower() == ".csv" else _read_parquet(file, name)

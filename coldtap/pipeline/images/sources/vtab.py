@@ -36,7 +36,7 @@ def open_vtab(root: Path, *, labels: Labels, seed: int) -> FileSource:
     a val split is then cut, only where train800 or val200 is missing.
 
     Raises:
-        SourceError: A line is not a path and an integer, or train800val200 is not the union.
+        SourceError: a line is not a path and an integer, or train800val200 is not the union.
     """
     name = str(root)
     lists = {file: _read_list(root, file) for file in (TRAIN, VAL, UNION, TEST) if (root / file).is_file()}
@@ -48,11 +48,6 @@ def open_vtab(root: Path, *, labels: Labels, seed: int) -> FileSource:
         used = {"train": lists.get(UNION) or lists[TRAIN]}
     if TEST in lists:
         used["test"] = lists[TEST]
-    return _open_lists(root, used, labels=labels, seed=seed)
-
-
-def _open_lists(root: Path, used: dict[str, _List], *, labels: Labels, seed: int) -> FileSource:
-    name = str(root)
     paths = [path for found in used.values() for path in found.paths]
     places = [(found.file, line) for found in used.values() for line in found.lines]
     sizes, missing = file_sizes(name, paths, name=name)

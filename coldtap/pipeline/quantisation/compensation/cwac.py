@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import add
 
-from torch import Tensor
-
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.quantisation.ptq.calibration_images import N_FOLDS
-from coldtap.pipeline.quantisation.ptq.model import QuantisedModel
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, rows_of
 from coldtap.pipeline.quantisation.ptq.sites import Target, UnitAtWork, units_at_work
 from coldtap.stores.compensation.channel_affine import RIDGE, ChannelAffine, ChannelMoments, fit_gated_affine
 
@@ -50,14 +48,10 @@ def compensate_channels(
     ridge: float = RIDGE,
     advance: Callable[[int], None] = lambda n_units: None,
 ) -> list[SiteFit]:
-    """Fit and fold CWAC, site by site.
+    """Fit CWAC site by site, and fold it into the quantised model.
 
-    Args:
-        models: the quantised one is changed.
-        sites: layers, as `Anatomy.choose_sites` gives them.
-        target: as `units_at_work`.
-        ridge: as `fit_affine`.
-        advance: as `units_at_work`.
+    `sites` are layers, as `Anatomy.choose_sites` gives them, and `ridge` is as in `fit_affine`; the others are as in
+    `units_at_work`.
     """
     fits = []
     for work in units_at_work(models, target, advance):
@@ -89,7 +83,7 @@ def _moments(work: UnitAtWork, site: str) -> list[ChannelMoments]:
     """Moments of (quantised, float) output by fold."""
     folds: list[ChannelMoments | None] = [None] * N_FOLDS
     for pair in work.pairs(site):
-        found = ChannelMoments.of(rows_of(pair.got), rows_of(pair.wanted))
+        found = ChannelMoments.of(rows_of(pair.got).cpu(), rows_of(pair.wanted).cpu())
         before = folds[pair.fold]
         folds[pair.fold] = found if before is None else before + found
     return [fold for fold in folds if fold is not None]
@@ -102,9 +96,3 @@ def _held_out_error(folds: Sequence[ChannelMoments], ridge: float) -> float:
         others = [other for j, other in enumerate(folds) if j != i]
         error += float(fold.squared_error(fit_gated_affine(others, ridge=ridge)).sum())
     return error
-
-
-def rows_of(output: Tensor) -> Tensor:
-    """(…, channel) or (batch, channel, height, width) as (row, channel), on the CPU."""
-    last = output.movedim(1, -1) if output.ndim == 4 else output
-    return last.reshape(-1, last.shape[-1]).cpu()

@@ -2,7 +2,7 @@
 
 Least squares of r on x, from moments that stream in float64 and merge, so that no activation is kept. With r = y − y_q
 and x the block's quantised input it is QwT's closed form (arXiv 2411.13918): ordinary least squares, one matrix and one
-bias a block. Columns of one scale, the ridge and the held-out gate are ours (`docs/methods.md`).
+bias per block. Columns of one scale, the ridge and the held-out gate are ours (`docs/methods.md`).
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class LinearMap:
 
     @classmethod
     def zero(cls, n_in: int, n_out: int) -> "LinearMap":
-        """No compensation."""
+        """Return the map that compensates nothing."""
         return cls(weight=torch.zeros(n_in, n_out, dtype=torch.float64), bias=torch.zeros(n_out, dtype=torch.float64))
 
 
@@ -65,15 +65,11 @@ class LinearMoments:
 
     @classmethod
     def of(cls, x: Tensor, r: Tensor) -> "LinearMoments":
-        """Moments of pairs of any float dtype, summed on their device.
-
-        Args:
-            x: (n, in).
-            r: (n, out).
+        """Return moments of pairs x (n, in) and r (n, out) of any float dtype, summed on their device.
 
         Raises:
-            OptionError: The shapes are not those of pairs.
-            ModelError: A number is not finite.
+            OptionError: the shapes are not those of pairs.
+            ModelError: a number is not finite.
         """
         if x.ndim != 2 or r.ndim != 2 or len(x) != len(r) or not len(x):
             shapes = f"{tuple(x.shape)} and {tuple(r.shape)}"
@@ -109,7 +105,7 @@ class LinearMoments:
         )
 
     def squared_error(self, linear_map: LinearMap) -> float:
-        """Sum of ‖r − x · weight − bias‖² over all pairs."""
+        """Return the sum of ‖r − x · weight − bias‖² over all pairs."""
         weight = linear_map.weight
         rest = self.mean_r - self.mean_x @ weight - linear_map.bias
         about_means = self.rr + (weight * (self.xx @ weight - 2 * self.xr)).sum(0)
@@ -117,7 +113,7 @@ class LinearMoments:
 
 
 def fit_linear_map(moments: LinearMoments, *, ridge: float, weight_dtype: torch.dtype = torch.float64) -> LinearMap:
-    """The map of least squares, its weight drawn towards zero; the bias is free.
+    """Fit the map of least squares, its weight drawn towards zero; the bias is free.
 
     Columns of x are scaled to unit variance first, so that `ridge` is a share of a column's variance and outlier
     channels neither spoil the condition nor escape the ridge. Ridge 0 is QwT's official form. A column that hardly
@@ -129,7 +125,7 @@ def fit_linear_map(moments: LinearMoments, *, ridge: float, weight_dtype: torch.
         weight_dtype: what the weight will be kept in: it is rounded to that, and the bias is the rounded weight's.
 
     Raises:
-        OptionError: The ridge is negative or not finite.
+        OptionError: the ridge is negative or not finite.
     """
     return _Equations.of(moments).solve(ridge, weight_dtype)
 
@@ -137,19 +133,17 @@ def fit_linear_map(moments: LinearMoments, *, ridge: float, weight_dtype: torch.
 def fit_gated_linear_map(
     folds: Sequence[LinearMoments], *, ridges: Sequence[float], weight_dtype: torch.dtype = torch.float64
 ) -> tuple[LinearMap, float] | None:
-    """The map from all folds, with the ridge of least error on folds that it was not fitted on, and that ridge.
+    """Fit a map to all folds, with the ridge of least error on folds that it was not fitted on, and return both.
 
     None where even that error is no smaller than without compensation (held-out R² ≤ 0). Of ridges that do as well, the
     first counts. Errors are those of rounded weights: with collinear columns least squares takes large weights that
     cancel, and halves of them do not.
 
-    Args:
-        folds: moments of two or more disjoint sets of samples; each is left out in turn.
-        ridges: as in `fit_linear_map`.
-        weight_dtype: as in `fit_linear_map`.
+    `folds` are moments of two or more disjoint sets of samples; each is left out in turn. The others are as in
+    `fit_linear_map`.
 
     Raises:
-        OptionError: Fewer than two folds, no ridge, or one that is negative or not finite.
+        OptionError: fewer than two folds, no ridge, or one that is negative or not finite.
     """
     if len(folds) < 2:
         raise OptionError(f"folds: {len(folds)}; a held-out gate needs at least 2, so give more calibration samples")
@@ -197,7 +191,7 @@ class _Equations:
         return cls(moments=moments, alive=alive, scale=scale, values=values, vectors=vectors)
 
     def solve(self, ridge: float, weight_dtype: torch.dtype) -> LinearMap:
-        """The map of one ridge, its weight rounded."""
+        """Solve for the map of one ridge, its weight rounded."""
         if not (ridge >= 0 and isfinite(ridge)):
             raise OptionError(f"ridge={ridge}; expected a finite number, 0 or more")
         inverse = torch.where(self.values > RANK, 1 / (self.values + ridge), 0)

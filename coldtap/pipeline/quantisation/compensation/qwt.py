@@ -19,12 +19,12 @@ from coldtap.pipeline.quantisation.compensation.linear_map import (
     fit_linear_map,
 )
 from coldtap.pipeline.quantisation.ptq.calibration_images import N_FOLDS
-from coldtap.pipeline.quantisation.ptq.model import QuantisedModel
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, rows_of
 from coldtap.pipeline.quantisation.ptq.sites import Pair, Target, UnitAtWork, units_at_work
 
 # 0 is the official form; the best of them on images held out is taken, block by block.
 RIDGES = (0.0, 1e-4, 1e-3, 1e-2, 1e-1)
-CHANNELS_A_GROUP = 64  # of a map's, or more where the channels do not divide so
+CHANNELS_PER_GROUP = 64  # of a map's, or more where the channels do not divide so
 
 
 def compensate_blocks(
@@ -39,11 +39,8 @@ def compensate_blocks(
     The map of a residual block is a grouped 1 × 1 convolution: the largest number of groups that is no more than
     in // 64, at least 1, and divides both the block's channels in and those out.
 
-    Args:
-        models: the quantised one is changed.
-        target: as `units_at_work`.
-        ridges: of which the best on images held out is taken; `(0,)` is the official form.
-        advance: as `units_at_work`.
+    Of the ridges the best on images held out is taken; `(0,)` is the official form. The others are as in
+    `units_at_work`.
     """
     return [_compensate(work, ridges) for work in units_at_work(models, target, advance) if work.unit.name]
 
@@ -89,8 +86,8 @@ def _moments(work: UnitAtWork) -> tuple[list[list[LinearMoments]], int, float]:
     stride, signal = 1, 0.0
     for pair in work.pairs():
         x, stride = _input_rows(pair)
-        missing = _rows(pair.wanted - pair.got)
-        wanted = _rows(pair.wanted).double()
+        missing = rows_of(pair.wanted - pair.got)
+        wanted = rows_of(pair.wanted).double()
         signal += float((wanted - wanted.mean(0)).square().sum())
         n_groups = 1 if pair.input.ndim == 3 else _groups(x.shape[1], missing.shape[1])
         folds = folds or [[None] * N_FOLDS for _ in range(n_groups)]
@@ -102,7 +99,7 @@ def _moments(work: UnitAtWork) -> tuple[list[list[LinearMoments]], int, float]:
 
 def _groups(n_in: int, n_out: int) -> int:
     """The most groups of at least 64 input channels, or one, that divide both a block's inputs and its outputs."""
-    most = max(n_in // CHANNELS_A_GROUP, 1)
+    most = max(n_in // CHANNELS_PER_GROUP, 1)
     return max(n for n in range(1, most + 1) if n_in % n == n_out % n == 0)
 
 
@@ -110,11 +107,6 @@ def _input_rows(pair: Pair) -> tuple[Tensor, int]:
     """What the map reads, (row, in), and the stride between its pixels."""
     x = pair.input
     if x.ndim == 3:
-        return _rows(x), 1
+        return rows_of(x), 1
     stride = round(x.shape[2] / pair.wanted.shape[2])
-    return _rows(x[:, :, ::stride, ::stride]), stride
-
-
-def _rows(values: Tensor) -> Tensor:
-    last = values.movedim(1, -1) if values.ndim == 4 else values
-    return last.reshape(-1, last.shape[-1])
+    return rows_of(x[:, :, ::stride, ::stride]), stride

@@ -7,11 +7,11 @@ from coldtap.pipeline.quantisation.compensation.cwac import SiteFit
 from coldtap.stores.compensation.channel_affine import ChannelAffine, ChannelMoments
 from coldtap.text import text_table
 
-NAMES_A_REASON = 3
+NAMES_PER_REASON = 3
 
 
 def site_table(fits: Sequence[SiteFit]) -> str:
-    """A line a site: signal to noise on images held out, channels that the gate let through, parameters added."""
+    """Return a line per site: signal to noise on images held out, channels kept by the gate, parameters added."""
     header = ("site", "dB before", "dB after", "channels kept", "parameters", "after folding")
     lines = [
         (
@@ -29,20 +29,20 @@ def site_table(fits: Sequence[SiteFit]) -> str:
 
 
 def left_float_lines(left_float: Mapping[str, str]) -> list[str]:
-    """A line a reason, with the first names that it is of."""
+    """Return a line per reason, with the first names that it is of."""
     by_reason: dict[str, list[str]] = {}
     for name, why in left_float.items():
         by_reason.setdefault(why, []).append(name)
     lines = []
     for why, names in by_reason.items():
-        more = len(names) - NAMES_A_REASON
-        said = ", ".join(names[:NAMES_A_REASON]) + (f" and {more} more" if more > 0 else "")
+        more = len(names) - NAMES_PER_REASON
+        said = ", ".join(names[:NAMES_PER_REASON]) + (f" and {more} more" if more > 0 else "")
         lines.append(f"left in float: {said} ({why})")
     return lines
 
 
 def level_db(moments: ChannelMoments) -> float:
-    """Signal to noise of moments of (got, wanted): the variance of what is wanted over the mean squared error.
+    """Return signal to noise of moments of (got, wanted): the variance of the wanted over the mean squared error.
 
     Both are summed over channels, so that what differs between channels alone is no signal.
     """
@@ -51,14 +51,14 @@ def level_db(moments: ChannelMoments) -> float:
 
 
 def snr_db(signal: float, error: float) -> float:
-    """10 log10(signal / error): infinite where there is no error, −infinite where there is no signal."""
+    """Return 10 log10(signal / error): infinite where there is no error, −infinite where there is no signal."""
     if not signal:
         return -inf
     return 10 * log10(signal / error) if error else inf
 
 
 def show_db(value: float) -> str:
-    """A level or a gain in dB."""
+    """Return a level or a gain in dB."""
     if value == inf:
         return "exact"
     return f"{value:.2f}" if isfinite(value) else "–"

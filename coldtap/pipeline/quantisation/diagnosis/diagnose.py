@@ -19,15 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from coldtap.errors import OptionError, RunError, SourceError
-from coldtap.pipeline.backbones.backbone import Backbone, exact_float32, load_backbone
+from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.backbones.integer.ranges import RANGE_METHODS, RangeMethod
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import open_source
-from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels, rows_of
+from coldtap.pipeline.quantisation.compensation.cwac import SiteFit, compensate_channels
 from coldtap.pipeline.quantisation.compensation.linear_map import LinearMoments
 from coldtap.pipeline.quantisation.compensation.qwt import compensate_blocks
 from coldtap.pipeline.quantisation.compensation.site_table import left_float_lines, level_db, snr_db
@@ -44,9 +45,10 @@ from coldtap.pipeline.quantisation.ptq.calibration_images import (
     FEWEST_IMAGES,
     LARGEST_BATCH,
     N_FOLDS,
+    CalibrationImages,
     read_calibration_images,
 )
-from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise
+from coldtap.pipeline.quantisation.ptq.model import QuantisedModel, quantise, rows_of
 from coldtap.pipeline.quantisation.ptq.sites import TARGETS, Target, UnitAtWork, units_at_work
 from coldtap.pipeline.quantisation.quantize import Reporter, Silence
 from coldtap.stores.compensation.channel_affine import ChannelAffine, ChannelMoments
@@ -54,8 +56,8 @@ from coldtap.stores.storage.atomic import TEMPORARY_SUFFIX, write_file
 from coldtap.stores.storage.output_place import require_place
 
 CSV, PICTURE, JSON = FILES = ("sites.csv", "diagnosis.png", "diagnosis.json")
-CALIBRATED_A_HELD_OUT = 4  # images
-PASSES = 3  # through the units, a seed: CWAC, the full matrices, QwT
+CALIBRATED_PER_HELD_OUT = 4  # images
+PASSES = 3  # through the units, per seed: CWAC, the full matrices, QwT
 
 
 def diagnose(
@@ -80,24 +82,10 @@ def diagnose(
 
     With a seed and a number of images, it calibrates on the very images that `quantize` takes. No artefact is written.
 
-    Args:
-        model: as `quantize`.
-        calibration: images, as `quantize`; some of them are held out.
-        out: a new folder, or one with an earlier diagnosis, which is replaced: `sites.csv`, `diagnosis.png` and
-            `diagnosis.json`.
-        scheme: bits of weights and activations, such as `w8a8`.
-        seeds: how many, from 0 on.
-        images: calibration images; a quarter as many others are held out. None is 512 in all, or all where there are
-            fewer, a fifth of them held out.
-        checkpoint: as `quantize`.
-        random_weights: as `quantize`.
-        preprocess: as `quantize`.
-        device: as `quantize`.
-        ranges: as `quantize`.
-        reparameterise: as `quantize`.
-        overrides: as `quantize`.
-        target: as `quantize`.
-        reporter: told what happens.
+    Arguments are those of `quantize`, with these differences. `out` is a new folder, or one with an earlier diagnosis,
+    which is replaced: `sites.csv`, `diagnosis.png` and `diagnosis.json`. `seeds` is how many, from 0 on. Of `images`,
+    which calibrate, a quarter as many others are held out; None is 512 in all, or all where there are fewer, a fifth of
+    them held out.
 
     Raises:
         ColdtapError: one of its kinds (`coldtap.errors`), always with what to do.
@@ -116,14 +104,15 @@ def diagnose(
     source = calibration if hasattr(calibration, "listing") else open_source(calibration, labels="optional")
     found: list[_OfSeed] = []
     for seed in range(seeds):
-        split = _read_images(source, backbone.preprocess, images, seed)
-        told.note(f"seed {seed}: {split.n_calibration} images to calibrate on, {split.n_held_out} others held out")
-        models = quantise(backbone, split.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
+        read, held_out = _read_images(source, backbone.preprocess, images, seed)
+        n_held_out = sum(map(len, held_out))
+        told.note(f"seed {seed}: {read.n_images} images to calibrate on, {n_held_out} others held out")
+        models = quantise(backbone, read.batches, by_layer, ranges=ranges, reparameterised=reparameterise, seed=seed)
         if not found:
             for line in left_float_lines(models.anatomy.left_float):
                 told.note(line)
             told.begin(PASSES * seeds * len(models.anatomy.units))
-        found.append(_diagnose_seed(backbone, models, split, target, told.advance))
+        found.append(_diagnose_seed(backbone, models, read, held_out, target, told.advance))
     diagnosis = Diagnosis(
         architecture=backbone.architecture,
         scheme=scheme,
@@ -136,8 +125,8 @@ def diagnose(
             "overrides": list(overrides),
             "target": target,
         },
-        n_calibration=found[0].images.n_calibration,
-        n_held_out=found[0].images.n_held_out,
+        n_calibration=read.n_images,
+        n_held_out=n_held_out,
         runs=[
             {"seed": seed, "images": one.images.digest, "unusable": one.images.n_unusable}
             for seed, one in enumerate(found)
@@ -175,57 +164,30 @@ def _refuse_other_content(folder: Path) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Images:
-    """Images of a seed, uint8.
-
-    Attributes:
-        batches: to calibrate on, cut as `quantize` cuts them; (batch, channel, height, width) each.
-        held_out: others, likewise.
-        digest: of all.
-        n_unusable: that were passed over.
-    """
-
-    batches: Sequence[Tensor]
-    held_out: Sequence[Tensor]
-    digest: str
-    n_unusable: int
-
-    @property
-    def n_calibration(self) -> int:
-        return sum(map(len, self.batches))
-
-    @property
-    def n_held_out(self) -> int:
-        return sum(map(len, self.held_out))
-
-
-def _read_images(source: Any, preprocess: Preprocess, n_images: int | None, seed: int) -> _Images:
-    wanted = None if n_images is None else n_images + n_images // CALIBRATED_A_HELD_OUT
+def _read_images(
+    source: Any, preprocess: Preprocess, n_images: int | None, seed: int
+) -> tuple[CalibrationImages, Sequence[Tensor]]:
+    """Images to calibrate on, cut as `quantize` cuts them, with the digest of all; and batches of others."""
+    wanted = None if n_images is None else n_images + n_images // CALIBRATED_PER_HELD_OUT
     fewest = n_images or FEWEST_IMAGES
     try:
         read = read_calibration_images(source, preprocess, n_images=wanted, seed=seed)
-        n = n_images or read.n_images - read.n_images // (CALIBRATED_A_HELD_OUT + 1)
+        n = n_images or read.n_images - read.n_images // (CALIBRATED_PER_HELD_OUT + 1)
         if n < fewest:
             raise SourceError(f"{source.name} has {read.n_images} that can be read: give more images")
     except SourceError as error:
         raise SourceError(
-            f"a diagnosis takes {fewest} images to calibrate on and {fewest // CALIBRATED_A_HELD_OUT} others: {error}"
+            f"a diagnosis takes {fewest} images to calibrate on and {fewest // CALIBRATED_PER_HELD_OUT} others: {error}"
         ) from error
     pixels = torch.cat(list(read.batches))
-    return _Images(
-        batches=pixels[:n].split(min(LARGEST_BATCH, n // N_FOLDS)),
-        held_out=pixels[n:].split(LARGEST_BATCH),
-        digest=read.digest,
-        n_unusable=read.n_unusable,
-    )
+    return replace(read, batches=pixels[:n].split(min(LARGEST_BATCH, n // N_FOLDS))), pixels[n:].split(LARGEST_BATCH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _OfSeed:
     """What a seed gave; `taps` are levels in dB by tap without compensation, with CWAC and with QwT."""
 
-    images: _Images
+    images: CalibrationImages
     cwac: Sequence[SiteFit]
     full: Sequence[NearDiagonal]
     qwt: Sequence[SiteFit]
@@ -233,17 +195,20 @@ class _OfSeed:
 
 
 def _diagnose_seed(
-    backbone: Backbone, base: QuantisedModel, images: _Images, target: Target, advance: Callable[[int], None]
+    backbone: Backbone,
+    base: QuantisedModel,
+    images: CalibrationImages,
+    held_out: Sequence[Tensor],
+    target: Target,
+    advance: Callable[[int], None],
 ) -> _OfSeed:
     with_cwac, with_qwt = (replace(base, model=copy.deepcopy(base.model)) for _ in range(2))
     sites = base.anatomy.choose_sites(base.anatomy.sites)
-    pixels = [batch.to(backbone.device) for batch in images.held_out]
+    pixels = [batch.to(backbone.device) for batch in held_out]
     with torch.inference_mode(), exact_float32():
         cwac = compensate_channels(with_cwac, sites=sites, target=target, advance=advance)
-        held_out = [
-            normalise(batch.to(backbone.device), backbone.preprocess, torch.float32) for batch in images.held_out
-        ]
-        full = _full_matrices(with_cwac, sites, held_out, target, advance)
+        others = [normalise(batch, backbone.preprocess, torch.float32) for batch in pixels]
+        full = _full_matrices(with_cwac, sites, others, target, advance)
         qwt = compensate_blocks(with_qwt, target=target, advance=advance)
         levels = _tap_levels(backbone, [models.model for models in (base, with_cwac, with_qwt)], pixels)
     return _OfSeed(images=images, cwac=cwac, full=full, qwt=qwt, taps=levels)
@@ -258,12 +223,7 @@ def _full_matrices(
 ) -> list[NearDiagonal]:
     """The full matrix of each site, where CWAC was fitted too: behind a compensated prefix.
 
-    Args:
-        models: with CWAC, and the images of the fit.
-        sites: in order.
-        held_out: images as the models have them; the matrices are measured on these.
-        target: as `units_at_work`.
-        advance: as `units_at_work`.
+    It is fitted on the images of the models, which have CWAC, and measured on those held out.
     """
     n_fit = len(models.images)
     both = replace(models, images=[*models.images, *held_out])
@@ -282,7 +242,7 @@ def _full_matrix(work: UnitAtWork, site: str, n_fit: int) -> NearDiagonal:
     assert layer.affine is not None
     affine = layer.affine
     layer.compensate(ChannelAffine.identity(len(affine.scale)))
-    moments = (LinearMoments.of(rows_of(pair.got), rows_of(pair.wanted)) for pair in work.pairs(site))
+    moments = (LinearMoments.of(rows_of(pair.got).cpu(), rows_of(pair.wanted).cpu()) for pair in work.pairs(site))
     fit, rest = reduce(add, islice(moments, n_fit)), reduce(add, moments)
     layer.compensate(affine)
     return near_diagonal(fit, rest)
@@ -295,9 +255,8 @@ def _tap_levels(backbone: Backbone, models: Sequence[nn.Module], batches: Sequen
     for pixels in batches:
         wanted = backbone(pixels)
         for i, one in enumerate(quantised):
-            found = [
-                ChannelMoments.of(rows_of(got), rows_of(tap)) for got, tap in zip(one(pixels), wanted, strict=True)
-            ]
+            pairs = zip(one(pixels), wanted, strict=True)
+            found = [ChannelMoments.of(rows_of(got).cpu(), rows_of(tap).cpu()) for got, tap in pairs]
             moments[i] = [a + b for a, b in zip(moments[i], found, strict=True)] if moments[i] else found
     return [[level_db(tap) for tap in of_model] for of_model in moments]
 

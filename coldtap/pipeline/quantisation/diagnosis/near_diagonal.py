@@ -1,7 +1,7 @@
 """Is the full matrix of post-compensation nearly diagonal, and what does it bring beyond its diagonal?
 
 QwT-v2 (arXiv 2505.20932) says that it is: fitted from a site's quantised output to its float one, y ≈ y_q M + b, the
-matrix is nearly diagonal, so that two numbers a channel (`coldtap.stores.compensation.channel_affine`) do nearly as
+matrix is nearly diagonal, so that two numbers per channel (`coldtap.stores.compensation.channel_affine`) do nearly as
 well.
 """
 
@@ -30,7 +30,7 @@ class NearDiagonal:
         off_diagonal_share: of the energy of M; 0 where there is none.
         off_diagonal_share_of_change: of the energy of M − 1; 0 where there is none.
         snr_db_uncompensated: signal to noise of y_q.
-        snr_db_diagonal: with two numbers a channel (CWAC).
+        snr_db_diagonal: with two numbers per channel (CWAC).
         snr_db_full: with M and b.
     """
 

@@ -35,12 +35,10 @@ class SiteDiagnosis:
     """A layer that has CWAC, behind a prefix that has it; levels are signal to noise, on images held out.
 
     Attributes:
-        name: of the layer.
-        uncompensated_db: without CWAC here.
-        cwac_db: with it.
+        uncompensated_db, cwac_db: without CWAC here, and with it.
         kept: share of the channels that the gate let through.
-        diagonal_gain_db: of two numbers a channel over none, without the gate.
-        full_gain_db: of the full matrix over two numbers a channel.
+        diagonal_gain_db: of two numbers per channel over none, without the gate.
+        full_gain_db: of the full matrix over two numbers per channel.
         off_diagonal_share: of the energy of the full matrix M, as `NearDiagonal`.
         off_diagonal_share_of_change: of the energy of M − 1.
     """
@@ -60,9 +58,7 @@ class BlockDiagnosis:
     """A block's output, behind blocks that have QwT.
 
     Attributes:
-        name: of the block.
-        uncompensated_db: without QwT here.
-        qwt_db: with it.
+        uncompensated_db, qwt_db: without QwT here, and with it.
         kept: 1 where the gate let it through; of a residual network, the share of its groups.
     """
 
@@ -87,9 +83,6 @@ class Diagnosis:
     """What `diagnose` found.
 
     Attributes:
-        architecture: of the backbone.
-        scheme: bits.
-        settings: of the quantisation.
         n_calibration: images that a seed calibrates on; levels of CWAC at its sites and of QwT at its blocks are over
             them, each quarter under the map of the others.
         n_held_out: other images, which taps and full matrices are measured on.
@@ -110,7 +103,7 @@ class Diagnosis:
     taps: Sequence[TapDiagnosis]
 
     def to_dict(self) -> dict[str, Any]:
-        """What JSON can hold: a spread as its mean, range and values, what is not finite as null."""
+        """Return what JSON can hold: a spread as its mean, range and values, what is not finite as null."""
         lines = {
             part: [{"name": line.name} | {name: _record(spread) for name, spread in _spreads(line)} for line in of_part]
             for part, of_part in (("sites", self.sites), ("blocks", self.blocks), ("taps", self.taps))
@@ -118,7 +111,7 @@ class Diagnosis:
         return {field.name: lines.get(field.name, getattr(self, field.name)) for field in fields(self)}
 
     def to_csv(self) -> str:
-        """A line for each number of each site, block and tap: mean, range and one column a seed."""
+        """Return a line for each number of each site, block and tap: mean, range and one column per seed."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         seeds = [f"seed {run['seed']}" for run in self.runs]

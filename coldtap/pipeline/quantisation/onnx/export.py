@@ -1,8 +1,8 @@
 """A quantised backbone as one ONNX file, for devices that have neither torch nor coldtap.
 
 The file has one input, `pixels`, uint8 (batch, channel, height, width): resized and cropped, and normalised inside. It
-has an output a tap, by the tap's name, float32 (batch, token, channel), with a free batch axis. Its metadata carry the
-extractor and its digest, which an exported adaptor names too.
+has one output per tap, by the tap's name, float32 (batch, token, channel), with a free batch axis. Its metadata carry
+the extractor and its digest, which an exported adaptor names too.
 """
 
 import importlib
@@ -116,7 +116,7 @@ def export_backbone(artefact: str | Path, out: str | Path, *, model: nn.Module |
 
 
 def metadata_of(about: About, backbone: Backbone) -> dict[str, str]:
-    """What an exported file says of itself: text by name, JSON where a value has parts."""
+    """Return what an exported file says of itself: text by name, JSON where a value has parts."""
     extractor = backbone.extractor().to_dict()
     parts: dict[str, Any] = {"extractor": extractor, "calibration": dict(about.calibration)}
     return {
@@ -132,12 +132,7 @@ def metadata_of(about: About, backbone: Backbone) -> dict[str, str]:
 
 
 class PixelsToTaps(nn.Module):
-    """What is exported: a quantised model with its preprocessing, its layers as ONNX nodes.
-
-    Args:
-        model: in eval mode; its quantised layers are replaced.
-        preprocess: its mean and std.
-    """
+    """What is exported: a quantised model in eval mode, whose layers become ONNX nodes, with its preprocessing."""
 
     def __init__(self, model: nn.Module, preprocess: Preprocess) -> None:
         super().__init__()
@@ -147,7 +142,7 @@ class PixelsToTaps(nn.Module):
         self.eval()
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
-        """(batch, channel, height, width) uint8 to (batch, token, channel) a tap."""
+        """Run (batch, channel, height, width) uint8, to (batch, token, channel) per tap."""
         images = normalise(pixels, self._preprocess, torch.float32)
         anatomy = anatomy_of(self.model)
         if anatomy.family != "vit":
@@ -159,12 +154,7 @@ class PixelsToTaps(nn.Module):
 
 
 def backbone_bytes(module: PixelsToTaps, backbone: Backbone, metadata: Mapping[str, str]) -> bytes:
-    """A module as the bytes of a checked ONNX file.
-
-    Args:
-        module: what is exported.
-        backbone: names its taps and the size of its images.
-        metadata: names and texts that the file carries.
+    """Return a module as the bytes of a checked ONNX file; the backbone names its taps and the size of its images.
 
     Raises:
         ModelError: the module cannot be exported.
@@ -200,10 +190,7 @@ def backbone_bytes(module: PixelsToTaps, backbone: Backbone, metadata: Mapping[s
 def compare_taps(backbone: Backbone, on_integers: Backbone, data: bytes) -> TapAgreement | None:
     """Run an exported file on random pixels beside the backbone; None where onnxruntime is not installed.
 
-    Args:
-        backbone: on the float kernel.
-        on_integers: the same on another kernel, which shows what flipped codes do to it.
-        data: the file.
+    The backbone is on the float kernel; `on_integers` is the same on another one, which shows what flipped codes do.
 
     Raises:
         ModelError: taps differ by more than codes that a rounding flips can do.

@@ -18,10 +18,8 @@ LARGEST_BIAS = 2**30
 class OnnxLayer(nn.Module):
     """Stands in for a `QuantisedLayer` while torch's exporter traces a model; it computes nothing by itself.
 
-    Compensation comes in with the product: it is in the weight's scale and in the bias, and adds no node.
-
-    Args:
-        product: of eight bits; nothing follows it.
+    Compensation comes in with the product: it is in the weight's scale and in the bias, and adds no node. The product
+    is of eight bits, and nothing follows it.
     """
 
     _codes: Tensor
@@ -45,7 +43,7 @@ class OnnxLayer(nn.Module):
         self.register_buffer("_input_zero", torch.tensor(product.input.zero, dtype=torch.uint8))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes as of a `QuantisedLayer`."""
+        """Run, with the shapes of a `QuantisedLayer`."""
         range_ = self._input_scale, self._input_zero
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, *range_), dtype=torch.uint8, shape=x.shape)
         values = _dequantise((codes, *range_), axis=1)
@@ -69,7 +67,7 @@ def _make_room(codes: Tensor, scale: Tensor, bias: Tensor, input_scale: float) -
 
     onnxruntime fuses a convolution's bias as int32 in units of input scale · weight scale, and lets it overflow. A
     channel whose weights are next to nothing beside its bias (dead ones, once their norm is folded) gets a coarser
-    scale: at most 2^-23 of its bias a product.
+    scale: at most 2^-23 of its bias per product.
     """
     least = bias.abs() / (input_scale * LARGEST_BIAS)
     # Without weights any scale is right, and the finest keeps the bias.

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import batched
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from coldtap.errors import OptionError, SourceError
 from coldtap.pipeline.images.decode_ahead import Decoder, Sample
-from coldtap.pipeline.images.preprocess import Augmentation, Preprocess
+from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.pipeline.images.sources import Source, open_source
 
 DEFAULT_IMAGES = 512
@@ -29,7 +28,7 @@ class CalibrationImages:
     """Images in batches.
 
     Attributes:
-        batches: uint8 (batch, channel, height, width) each, at least one a fold.
+        batches: uint8 (batch, channel, height, width) each, at least one per fold.
         digest: SHA-256 over the digests of their files, in order.
         n_unusable: images that could not be read and were passed over.
     """
@@ -93,16 +92,7 @@ def _decode(
     pixels: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
     digests: list[str] = []
     n_unusable = 0
-    with ThreadPoolExecutor(N_DECODE_THREADS) as pool:
-        decoder = Decoder(
-            source=source,
-            preprocess=preprocess,
-            augmentation=Augmentation(),
-            seed=0,
-            batch_size=LARGEST_BATCH,
-            pool=pool,
-            n_threads=N_DECODE_THREADS,
-        )
+    with Decoder(source=source, preprocess=preprocess, batch_size=LARGEST_BATCH, n_threads=N_DECODE_THREADS) as decoder:
         for batch in decoder.batches([Sample(index) for index in order]):
             for i in range(len(batch.samples)):
                 if len(pixels) == wanted:

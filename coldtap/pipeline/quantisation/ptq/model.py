@@ -2,20 +2,21 @@
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from coldtap.errors import ModelError, OptionError
-from coldtap.pipeline.backbones.backbone import Backbone, exact_float32
+from coldtap.pipeline.backbones.backbone import Backbone
 from coldtap.pipeline.backbones.inputs import normalise
 from coldtap.pipeline.backbones.integer.families import Anatomy, anatomy_of, fold_norms, require_same_taps
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.backbones.integer.ranges import RangeMethod, SampledRows, activation_range
 from coldtap.pipeline.backbones.integer.scheme import SchemeByLayer
 from coldtap.pipeline.backbones.taps import read_taps_of
+from coldtap.pipeline.backbones.torch_state import exact_float32
 from coldtap.pipeline.quantisation.ptq.reparameterise import reparameterise
 
 
@@ -90,17 +91,13 @@ def quantise(
     return QuantisedModel(
         model=model,
         float_model=float_model,
-        anatomy=anatomy.with_layers(list(schemes), left),
+        anatomy=replace(anatomy, layers=list(schemes), left_float={**anatomy.left_float, **left}),
         images=images,
     )
 
 
 def _require_same_function(backbone: Backbone, folded: nn.Module, anatomy: Anatomy, image: Tensor) -> None:
-    """The folded model, and its units one after another, give the backbone's taps.
-
-    Raises:
-        ModelError: they do not.
-    """
+    """Refuse a backbone whose taps the folded model, or its units one after another, do not give."""
     what = f"{backbone.architecture} taken apart into its blocks"
     taps = backbone.taps(image)
     require_same_taps(taps, read_taps_of(folded, None, 0)(image), what)
@@ -112,14 +109,12 @@ def _require_same_function(backbone: Backbone, folded: nn.Module, anatomy: Anato
 
 
 def _watch(model: nn.Module, layers: Sequence[str], images: Sequence[Tensor], seed: int) -> dict[str, SampledRows]:
-    """What each layer reads over the images."""
+    """What each layer reads over the images, by its name."""
     seen = {name: SampledRows(len(images), seed) for name in layers}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            values = inputs[0]
-            rows = values.movedim(1, -1) if values.ndim == 4 else values
-            seen[name].see(rows.reshape(-1, rows.shape[-1]))
+            seen[name].see(rows_of(inputs[0]))
 
         return hook
 
@@ -132,3 +127,9 @@ def _watch(model: nn.Module, layers: Sequence[str], images: Sequence[Tensor], se
         for handle in handles:
             handle.remove()
     return seen
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """View (…, channel) or (batch, channel, height, width) as (row, channel)."""
+    last = values.movedim(1, -1) if values.ndim == 4 else values
+    return last.reshape(-1, last.shape[-1])

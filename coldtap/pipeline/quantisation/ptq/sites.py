@@ -47,7 +47,7 @@ class UnitAtWork:
         self._targets = targets
 
     def pairs(self, site: str | None = None) -> Iterator[Pair]:
-        """Float and quantised output of a layer of the unit, or of the whole unit, a batch at a time."""
+        """Yield float and quantised output of a layer of the unit, or of the whole unit, a batch at a time."""
         for i, (x, of_float) in enumerate(zip(self._inputs, self._targets, strict=True)):
             yield Pair(
                 fold=i % N_FOLDS,
@@ -60,7 +60,7 @@ class UnitAtWork:
 def units_at_work(
     models: QuantisedModel, target: Target, advance: Callable[[int], None] = lambda n_units: None
 ) -> Iterator[UnitAtWork]:
-    """Each unit in turn; what one gives is of no use once the next is asked for.
+    """Yield each unit in turn; what one gives is of no use once the next is asked for.
 
     Args:
         models: the quantised one is compensated by the caller as units come.

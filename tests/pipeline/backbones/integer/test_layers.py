@@ -10,8 +10,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from coldtap.errors import MachineError, OptionError
-from coldtap.pipeline.backbones.integer import kernel_choice
-from coldtap.pipeline.backbones.integer.kernel_choice import choose_kernel
+from coldtap.pipeline.backbones.integer.kernel_choice import (
+    CONVOLUTION,
+    KERNELS,
+    LINEAR,
+    choose_kernel,
+    flaw_of,
+    measure_speed,
+)
 from coldtap.pipeline.backbones.integer.kernels import FloatKernel, IntMmKernel, OneDnnKernel
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer
 from coldtap.pipeline.backbones.integer.packing import pack, unpack
@@ -233,36 +239,23 @@ class SaturatingKernel(OneDnnKernel):
         return run
 
 
-@pytest.fixture
-def offer(monkeypatch):
-    """Kernels that this machine is said to have, in order."""
-
-    def use(*offered):
-        monkeypatch.setattr(kernel_choice, "_kernels_of", lambda device: {kernel.name: kernel for kernel in offered})
-        kernel_choice._flaw.cache_clear()
-
-    yield use
-    kernel_choice._flaw.cache_clear()
-
-
-def test_a_kernel_that_saturates_is_found_out(offer):
-    offer(SaturatingKernel())
-    choice = choose_kernel("auto", CPU)
+def test_a_kernel_that_saturates_is_found_out():
+    kernels = [SaturatingKernel()]
+    choice = choose_kernel("auto", CPU, kernels=kernels)
     assert choice.kernel.name == "float"
     assert choice.why == "no integer kernel computes exactly here (onednn: wrong sums)"
     with pytest.raises(MachineError, match=r"`kernel='int'`: no integer kernel computes exactly here .*wrong sums"):
-        choose_kernel("int", CPU)
+        choose_kernel("int", CPU, kernels=kernels)
     with pytest.raises(MachineError, match="`kernel='onednn'`: wrong sums on this machine; use `kernel='auto'`"):
-        choose_kernel("onednn", CPU)
+        choose_kernel("onednn", CPU, kernels=kernels)
 
 
-def test_a_kernel_that_is_not_there_is_passed_over(offer):
+def test_a_kernel_that_is_not_there_is_passed_over():
     class Missing(OneDnnKernel):
         def prepare(self, product):
             raise RuntimeError("no such operator\nand more")
 
-    offer(Missing(), IntMmKernel())
-    choice = choose_kernel("int", CPU)
+    choice = choose_kernel("int", CPU, kernels=[Missing(), IntMmKernel()])
     assert choice.kernel.name == "int_mm"
     assert choice.why == "int_mm computes exactly (onednn: no such operator)"
 
@@ -332,57 +325,52 @@ FLAWED = {
 
 
 @pytest.mark.parametrize("name", FLAWED)
-def test_a_kernel_that_fails_at_one_kind_of_product_is_found_out_before_it_is_used(offer, monkeypatch, name):
+def test_a_kernel_that_fails_at_one_kind_of_product_is_found_out_before_it_is_used(name):
     flawed, flaw = FLAWED[name]
-    monkeypatch.setattr(kernel_choice, "_speed", lambda name, probe, device: 2.0)
-    offer(flawed, IntMmKernel())
-    choice = choose_kernel("auto", CPU)
+    choice = choose_kernel("auto", CPU, kernels=[flawed, IntMmKernel()], speed=lambda *_: 2.0)
     assert choice.kernel.name == "int_mm"
     assert choice.why.startswith(f"int_mm computes exactly (onednn: {flaw}), at 2.0 × the speed of float32 on a linear")
-    offer(flawed)
     with pytest.raises(MachineError, match=rf"`kernel='int'`: .*exactly here \(onednn: {flaw}\); use `kernel='float'`"):
-        choose_kernel("int", CPU)
+        choose_kernel("int", CPU, kernels=[flawed])
     with pytest.raises(MachineError, match=f"`kernel='onednn'`: {flaw} on this machine; use `kernel='auto'`"):
-        choose_kernel("onednn", CPU)
+        choose_kernel("onednn", CPU, kernels=[flawed])
 
 
-def test_the_reference_and_int_mm_compute_exactly(offer):
-    offer(FloatKernel(), IntMmKernel())
-    assert [kernel_choice._flaw(name, CPU) for name in ("float", "int_mm")] == [None, None]
+def test_the_reference_and_int_mm_compute_exactly():
+    assert [flaw_of(kernel, CPU) for kernel in (FloatKernel(), IntMmKernel())] == [None, None]
 
 
-def test_kernels_of_integers_have_an_order_and_no_clock(monkeypatch):
-    def clocked(name, probe, device):
-        raise AssertionError(f"{name} was timed")
+def test_kernels_of_integers_have_an_order_and_no_clock():
+    def clocked(kernel, probe, device):
+        raise AssertionError(f"{kernel.name} was timed")
 
-    monkeypatch.setattr(kernel_choice, "_speed", clocked)
-    assert list(kernel_choice._kernels_of("cpu")) == ["onednn", "int_mm"]
-    assert list(kernel_choice._kernels_of("cuda")) == ["int_mm"]
-    exact = [name for name in ("onednn", "int_mm") if kernel_choice._flaw(name, CPU) is None]
-    choice = choose_kernel("int", CPU)
+    names = {device: [kernel.name for kernel in kernels] for device, kernels in KERNELS.items()}
+    assert names == {"cpu": ["onednn", "int_mm"], "cuda": ["int_mm"]}
+    exact = [kernel.name for kernel in KERNELS["cpu"] if flaw_of(kernel, CPU) is None]
+    choice = choose_kernel("int", CPU, speed=clocked)
     assert choice.kernel.name == exact[0]
     assert choice.why.startswith(f"{exact[0]} computes exactly")
 
 
 @pytest.mark.parametrize(("convolutions", "kernel"), [(False, "int_mm"), (True, "float")])
-def test_a_kernel_that_is_slower_than_float_at_what_the_model_is_made_of_is_not_taken_unasked(
-    offer, monkeypatch, convolutions, kernel
-):
-    offer(IntMmKernel())
-    monkeypatch.setattr(kernel_choice, "_speed", lambda name, probe, device: 3.0 if probe.window is None else 0.9)
-    choice = choose_kernel("auto", CPU, convolutions=convolutions)
+def test_a_kernel_that_is_slower_than_float_at_what_the_model_is_made_of_is_not_taken_unasked(convolutions, kernel):
+    def speed(kernel, probe, device):
+        return 3.0 if probe.window is None else 0.9
+
+    offered = {"convolutions": convolutions, "kernels": [IntMmKernel()], "speed": speed}
+    choice = choose_kernel("auto", CPU, **offered)
     assert choice.kernel.name == kernel
     measured = "0.9 × the speed of float32 on a convolution of ResNet-50's size: no gain"
     assert choice.why.endswith(measured if convolutions else "3.0 × the speed of float32 on a linear of ViT-B's size")
-    assert choose_kernel("int", CPU, convolutions=convolutions).kernel.name == "int_mm"
+    assert choose_kernel("int", CPU, **offered).kernel.name == "int_mm"
 
 
 def test_speeds_are_measured_and_leave_the_threads_as_they_were():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for probe in (kernel_choice._LINEAR, kernel_choice._CONVOLUTION):
-            assert kernel_choice._speed.__wrapped__("int_mm", probe, CPU) > 0
+        for probe in (LINEAR, CONVOLUTION):
+            assert measure_speed(IntMmKernel(), probe, CPU) > 0
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)

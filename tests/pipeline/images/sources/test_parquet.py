@@ -148,10 +148,18 @@ def test_threads_read_in_any_order_over_files_and_row_groups(tmp_path):
         assert list(pool.map(source.read, order)) == [expected[number] for number in order]
 
 
-def test_listing_reads_no_image(tmp_path, monkeypatch):
+def test_listing_reads_no_image(tmp_path):
     file = write(tmp_path / "set.parquet", image=pictures(4))
-    monkeypatch.setattr(spool_module, "_image_batches", None)
-    assert len(open_source(file).listing) == 4
+    group = pq.read_metadata(file).row_group(0)
+    images = next(chunk for i in range(group.num_columns) if (chunk := group.column(i)).path_in_schema == "image")
+    start = images.dictionary_page_offset or images.data_page_offset
+    data = bytearray(file.read_bytes())
+    data[start : start + images.total_compressed_size] = bytes(images.total_compressed_size)
+    file.write_bytes(data)
+    source = open_source(file)
+    assert len(source.listing) == 4
+    with pytest.raises(SourceError, match="the image column cannot be read"):
+        source.read(0)
 
 
 def test_fingerprint_knows_ids_row_counts_and_sizes(tmp_path):
