@@ -696,7 +696,7 @@ def test_an_artefact_of_another_backbone_is_refused(tmp_path, artefact):
     [
         ({"random_weights": True}, "`quantized` brings its weights: leave out `checkpoint` and `random_weights`"),
         ({"precision": "bfloat16"}, "`precision='bfloat16'`: what a quantised backbone keeps in float is float32"),
-        ({"taps": ["blocks.0"]}, "a quantised backbone has the taps of its family: leave out tap_names"),
+        ({"tap_names": ["blocks.0"]}, "a quantised backbone has the taps of its family: leave out tap_names"),
         ({"kernel": "vnni"}, "`kernel='vnni'`: choose one of auto, int, float"),
     ],
 )
