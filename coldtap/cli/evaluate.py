@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from coldtap.cli.errors import in_flags
-from coldtap.cli.options import AsJson, Device, FinishedRun
+from coldtap.cli.options import AsJson, Device, FinishedRun, RunAdaptor
 
 
 def evaluate(
@@ -24,6 +24,7 @@ def evaluate(
         bool,
         typer.Option("--across-quantisation", help="STORE may differ from the run in quantisation and precision."),
     ] = False,
+    adaptor: RunAdaptor = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -36,6 +37,7 @@ def evaluate(
         split=split,
         compensation=compensation,
         across_quantisation=across_quantisation,
+        adaptor=adaptor,
         device=device,
         note=lambda sentence: print(in_flags(sentence), file=sys.stderr),
     )

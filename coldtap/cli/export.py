@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.options import AsJson, FinishedRun, Format
+from coldtap.cli.options import AsJson, FinishedRun, Format, RunAdaptor
 from coldtap.errors import OptionError
 from coldtap.text import show_bytes
 
@@ -27,6 +27,7 @@ def export(
     run: FinishedRun,
     to: Format = "onnx",
     out: Annotated[Path | None, typer.Option(help="The file. Default: adaptor.onnx in the run folder.")] = None,
+    adaptor: RunAdaptor = None,
     as_json: AsJson = False,
 ) -> None:
     """Write the adaptor of RUN, without the backbone, as one file for an edge device.
@@ -39,7 +40,7 @@ def export(
     from coldtap.adaptors.runs.onnx import export_onnx
 
     require_format(to)
-    report = export_onnx(run, out)
+    report = export_onnx(run, out, adaptor=adaptor)
     if as_json:
         print(json.dumps(_as_dict(report, run), indent=1))
         return

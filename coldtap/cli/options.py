@@ -9,6 +9,15 @@ import typer
 CompleteStore = Annotated[Path, typer.Argument(metavar="STORE", help="A complete store.")]
 FinishedRun = Annotated[Path, typer.Argument(metavar="RUN", help="A finished run folder.")]
 
+RunAdaptor = Annotated[
+    str | None,
+    typer.Option(
+        "--adaptor",
+        metavar="MODULE:NAME",
+        help="The run's adaptor, where it is none of coldtap's own: no file says which code is imported.",
+    ),
+]
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 

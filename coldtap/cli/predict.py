@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from coldtap.cli.options import Device, FinishedRun
+from coldtap.cli.options import Device, FinishedRun, RunAdaptor
 
 
 def predict(
@@ -18,7 +18,8 @@ def predict(
         Path, typer.Argument(metavar="SOURCE", help="Images, with labels or without; a flat folder will do.")
     ],
     model: Annotated[
-        str | None, typer.Option(help="The backbone's name, where it is another than the store recorded.")
+        str | None,
+        typer.Option(help="The backbone's name: where the run recorded another, or its weights have to be fetched."),
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="The backbone's local weights.")] = None,
     random_weights: Annotated[
@@ -27,6 +28,7 @@ def predict(
     quantized: Annotated[
         Path | None, typer.Option(help="The quantised backbone's file, where the store was made with one.")
     ] = None,
+    adaptor: RunAdaptor = None,
     split: Annotated[str | None, typer.Option(help="train, val or test. Default: all images.")] = None,
     out: Annotated[Path | None, typer.Option(help="A CSV file. Default: standard output.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images per forward pass.")] = 32,
@@ -45,7 +47,13 @@ def predict(
     if batch_size < 1:
         raise OptionError(f"--batch-size {batch_size}: give at least 1 image")
     predictor = Predictor.load(
-        run, model=model, checkpoint=checkpoint, random_weights=random_weights, quantised=quantized, device=device
+        run,
+        adaptor=adaptor,
+        model=model,
+        checkpoint=checkpoint,
+        random_weights=random_weights,
+        quantised=quantized,
+        device=device,
     )
     images = open_source(source, labels="optional")
     listing = images.listing

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from coldtap.adaptors import RunInfo, load_adaptor
+from coldtap.adaptors.runs.run_folder import RUN
 from coldtap.errors import ModelError, OptionError
 from coldtap.pipeline.backbones.backbone import Backbone, load_backbone
 from coldtap.pipeline.backbones.integer.artefact import read_artefact
+from coldtap.pipeline.backbones.weights import cached_weights, require_no_place
 from coldtap.pipeline.extract.gather import gather
 from coldtap.pipeline.images.decode_ahead import Decoder, Sample
 from coldtap.pipeline.images.preprocess import Preprocess
@@ -42,6 +44,7 @@ class Predictor:
         cls,
         run: Path,
         *,
+        adaptor: str | None,
         model: str | None,
         checkpoint: Path | None,
         random_weights: bool,
@@ -53,9 +56,9 @@ class Predictor:
         Raises:
             RunError: the run cannot be read.
             ModelError: the backbone cannot be had, or its extractor is not the run's.
-            OptionError: the run answers for each token, not for an image.
+            OptionError: the run answers for each token, not for an image, or is of another adaptor.
         """
-        adaptor, info = load_adaptor(run)
+        module, info = load_adaptor(run, adaptor=adaptor)
         if info.target_kind == "token-class":
             raise OptionError(
                 f"{run} answers for each token of an image, and predict writes one line per image: use load_adaptor "
@@ -63,8 +66,13 @@ class Predictor:
             )
         extractor = info.extractor
         _require_artefact(run, extractor.get("quantisation"), quantised)
+        if model is None and quantised is None:
+            model, where = info.model, str(run / RUN)
+            require_no_place(model, where)
+            if checkpoint is None and not random_weights:
+                checkpoint = cached_weights(model, where)
         backbone = load_backbone(
-            model or (None if quantised else info.model),
+            model,
             quantised=quantised,
             checkpoint=checkpoint,
             random_weights=random_weights,
@@ -78,7 +86,7 @@ class Predictor:
                 f"{run} was trained on features of another extractor; give the `model`, `checkpoint` or `quantized` it "
                 f"was made with. Fields that differ (trained on → given): {'; '.join(fields)}"
             )
-        return cls(backbone=backbone, adaptor=adaptor.to(backbone.device), info=info)
+        return cls(backbone=backbone, adaptor=module.to(backbone.device), info=info)
 
     def features(self, pixels: Tensor) -> Tensor:
         """What the adaptor reads, in float32, from (batch, channel, height, width) uint8 pixels."""

@@ -32,6 +32,27 @@ def adaptor_kind(name: str) -> AdaptorKind[Any]:
     return ADAPTORS[name]
 
 
+def recorded_kind(name: str, *, asked: str | None, where: str) -> AdaptorKind[Any]:
+    """Return the adaptor that a file names: nothing is imported because a file says so.
+
+    Args:
+        name: What the file says: one of coldtap's own, or `module:NAME`.
+        asked: What the caller names; it must agree, and is needed for `module:NAME`.
+        where: The file, for messages.
+
+    Raises:
+        OptionError: There is no such adaptor, or the caller names another one, or none where one is needed.
+    """
+    if asked is not None and asked != name:
+        raise OptionError(f"`adaptor={asked!r}`: {where} is of the adaptor {name!r}: leave `adaptor` out, or name that")
+    if asked is None and name not in ADAPTORS:
+        raise OptionError(
+            f"{where} names the adaptor {name!r}, which is not coldtap's own; nothing was imported. Known are "
+            f"{', '.join(ADAPTORS)}; if you know that code and trust it, name it yourself: `adaptor={name!r}`"
+        )
+    return adaptor_kind(name)
+
+
 def _imported(name: str) -> AdaptorKind[Any]:
     module, _, attribute = name.partition(":")
     try:

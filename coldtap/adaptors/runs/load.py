@@ -7,10 +7,10 @@ from safetensors.torch import load
 from torch import nn
 
 from coldtap.adaptors.data.compensated import Compensated, parse_maps
-from coldtap.adaptors.networks.kinds import adaptor_kind
+from coldtap.adaptors.networks.kinds import recorded_kind
 from coldtap.adaptors.networks.options import parse_options
 from coldtap.adaptors.runs.record import RunInfo
-from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, read_run
+from coldtap.adaptors.runs.run_folder import ADAPTOR, COMPENSATION, RUN, read_run
 from coldtap.errors import CorruptStoreError, OptionError, RunError
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.compensation import TapMaps
@@ -27,7 +27,7 @@ class LoadedRun:
     maps: TapMaps | None
 
 
-def load_adaptor(run: Place) -> tuple[nn.Module, RunInfo]:
+def load_adaptor(run: Place, *, adaptor: str | None = None) -> tuple[nn.Module, RunInfo]:
     """Load a finished run: its module in eval mode on the CPU, and what `run.json` says.
 
     The module maps features as `RunInfo.features` describes them, with a batch axis before `row_shape`, in float32,
@@ -36,17 +36,18 @@ def load_adaptor(run: Place) -> tuple[nn.Module, RunInfo]:
 
     Args:
         run: The run folder, or its storage.
+        adaptor: The run's adaptor where it is none of coldtap's own, as `module:NAME`: no file names code to import.
 
     Raises:
         RunError: There is no finished run, it is of another format version, or a file is missing or damaged.
     """
-    loaded = load_run(run)
+    loaded = load_run(run, adaptor=adaptor)
     if loaded.maps is None:
         return loaded.adaptor, loaded.info
     return Compensated(loaded.adaptor, loaded.maps, loaded.info.features).eval(), loaded.info
 
 
-def load_run(run: Place) -> LoadedRun:
+def load_run(run: Place, *, adaptor: str | None = None) -> LoadedRun:
     """Load the parts of a finished run.
 
     Raises:
@@ -57,7 +58,7 @@ def load_run(run: Place) -> LoadedRun:
     if info is None:
         raise RunError(f"there is no finished run at {storage}: make one with `train-adaptor`")
     data = _read(storage, ADAPTOR, info.adaptor_sha256)
-    module = build_adaptor(info)
+    module = build_adaptor(info, adaptor=adaptor, where=storage.describe(RUN))
     try:
         module.load_state_dict(load(data))
     except (RuntimeError, SafetensorError) as error:
@@ -91,15 +92,23 @@ def _read(run: Storage, name: str, digest: str) -> bytes:
     return data
 
 
-def build_adaptor(info: RunInfo) -> nn.Module:
+def build_adaptor(info: RunInfo, *, adaptor: str | None, where: str) -> nn.Module:
     """Build the untrained module of a run from what `run.json` says.
 
+    Args:
+        info: What it says.
+        adaptor: As `load_adaptor` takes it.
+        where: The file, for messages.
+
     Raises:
-        RunError: The run's adaptor or options are unknown to this coldtap.
+        OptionError: `adaptor` is another one than the run's.
+        RunError: The run's adaptor is not coldtap's own and was not named, or its options are unknown.
     """
     try:
-        kind = adaptor_kind(info.settings.adaptor)
+        kind = recorded_kind(info.settings.adaptor, asked=adaptor, where=where)
         options = parse_options(kind.options, info.settings.options, adaptor=kind.name)
     except OptionError as error:
-        raise RunError(f"run.json names what this coldtap does not know: {error}") from error
+        if adaptor is not None:
+            raise
+        raise RunError(str(error)) from error
     return kind.build(info.features, options, n_classes=info.n_classes)

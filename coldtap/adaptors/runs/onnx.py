@@ -57,12 +57,13 @@ class OnnxExport:
     was_there: bool
 
 
-def export_onnx(run: str | Path, out: str | Path | None = None) -> OnnxExport:
+def export_onnx(run: str | Path, out: str | Path | None = None, *, adaptor: str | None = None) -> OnnxExport:
     """Write the adaptor of a finished run, without the backbone, as one ONNX file: whole or not at all.
 
     Args:
         run: The run folder.
         out: The file; without it `adaptor.onnx` in the run folder. A file with the same bytes is left as it is.
+        adaptor: The run's adaptor where it is none of coldtap's own, as `module:NAME`.
 
     Raises:
         RunError: The run cannot be read, its network cannot be exported, or `out` holds something else.
@@ -74,7 +75,7 @@ def export_onnx(run: str | Path, out: str | Path | None = None) -> OnnxExport:
     if path.is_dir():
         raise OptionError(f"`out={str(path)!r}` is a folder: give a file, such as {path / FILE_NAME}")
     require_extra("onnx", for_="export")
-    module, info = load_adaptor(run)
+    module, info = load_adaptor(run, adaptor=adaptor)
     data = onnx_bytes(module, info.features, metadata_of(info))
     agreement = compare_logits(module, data, info.features)
     was_there = path.exists()

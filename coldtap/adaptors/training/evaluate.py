@@ -51,6 +51,7 @@ def evaluate_adaptor(
     split: str = "test",
     compensation: str | None = None,
     across_quantisation: bool = False,
+    adaptor: str | None = None,
     device: str = "auto",
     note: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -63,6 +64,7 @@ def evaluate_adaptor(
         compensation: Name of the store's compensation that features go through. Without it, features of the run's own
             extractor go through the map that the run carries, if it has one.
         across_quantisation: Whether the store's extractor may differ from the run's in quantisation and precision.
+        adaptor: The run's adaptor where it is none of coldtap's own, as `module:NAME`.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         note: Told where the two extractors differ.
 
@@ -74,7 +76,7 @@ def evaluate_adaptor(
         OptionError: No such device.
         MachineError: No such GPU.
     """
-    loaded = load_run(run)
+    loaded = load_run(run, adaptor=adaptor)
     store = store if isinstance(store, Store) else open_store(store)
     where = storage_at(run)
     differences = _differences(where, loaded.info, store, across_quantisation)

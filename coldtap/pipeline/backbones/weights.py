@@ -3,8 +3,10 @@
 import difflib
 import hashlib
 import sys
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import timm
 import torch
@@ -14,6 +16,9 @@ from torch import nn
 from coldtap.errors import ModelError, OptionError
 from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
 from coldtap.pipeline.backbones.reference import build_reference
+
+# What timm takes for a place and not for the name of an architecture.
+PLACES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
 def create_timm_model(
@@ -54,9 +59,67 @@ def create_timm_model(
     return model.eval()
 
 
+def require_no_place(name: str, where: str) -> None:
+    """Refuse a name of a model from a file where it leads to a hub or to a folder.
+
+    Raises:
+        ModelError: it does.
+    """
+    if name.startswith(PLACES):
+        raise ModelError(
+            f"{where} names the model {name!r}, which lies elsewhere; nothing was fetched. {_repeat(name)}"
+        )
+
+
+def cached_weights(name: str, where: str) -> Path | None:
+    """Return the file with the pretrained weights of a model that a file names, from this machine's caches.
+
+    No network is asked: timm's own way would, even for what is cached.
+
+    Args:
+        name: what `create_timm_model` takes.
+        where: the file that gives the name, for messages.
+
+    Returns:
+        None where the weights come with coldtap, or there is no such model.
+
+    Raises:
+        ModelError: the weights are in no cache, or the name leads to a hub or to a folder.
+    """
+    if name == REFERENCE or not (name.startswith(PLACES) or timm.is_model(name)):
+        return None
+    require_no_place(name, where)
+    for path in _cache_places(name):
+        if path.is_file():
+            return path
+    raise ModelError(
+        f"{where} names the model {name!r}, whose weights are not in this machine's cache; nothing was fetched. "
+        f"{_repeat(name)}, or give local weights with `checkpoint=FILE`"
+    )
+
+
+def _repeat(name: str) -> str:
+    return f"If you trust it, name it yourself: `model={name!r}`"
+
+
+def _cache_places(name: str) -> Iterator[Path]:
+    """Where timm, by way of huggingface_hub or torch.hub, keeps a model's weights."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    if known is None:
+        return
+    if known.hf_hub_id:
+        for file in (known.hf_hub_filename, "model.safetensors", "pytorch_model.bin"):
+            found = try_to_load_from_cache(known.hf_hub_id, file) if file else None
+            if isinstance(found, str):
+                yield Path(found)
+    if isinstance(known.url, str) and known.url:
+        yield Path(torch.hub.get_dir()) / "checkpoints" / PurePosixPath(urlsplit(known.url).path).name
+
+
 def _create(name: str, *, pretrained: bool, input_size: tuple[int, int] | None) -> nn.Module:
-    remote = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
-    if not remote and not timm.is_model(name):
+    if not name.startswith(PLACES) and not timm.is_model(name):
         base = name.split(".")[0]
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f"; close names: {', '.join(close)}" if close else ""

@@ -2,6 +2,7 @@
 
 from pathlib import Path, PurePath
 
+from coldtap.stores.storage.atomic import require_no_url
 from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.local import LocalStorage
 
@@ -9,8 +10,15 @@ type Place = str | Path | Storage
 
 
 def storage_at(place: Place) -> Storage:
-    """Return the storage of a place: a folder's path, there or not yet, or a storage itself."""
-    return place if isinstance(place, Storage) else LocalStorage(Path(place))
+    """Return the storage of a place: a folder's path, there or not yet, or a storage itself.
+
+    Raises:
+        OptionError: it is a URL, for which there is no storage.
+    """
+    if isinstance(place, Storage):
+        return place
+    require_no_url(place)
+    return LocalStorage(Path(place))
 
 
 def place_of(storage: Storage) -> Path | Storage:

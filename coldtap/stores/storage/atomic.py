@@ -3,13 +3,14 @@
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from collections.abc import Buffer, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from coldtap.errors import MachineError
+from coldtap.errors import MachineError, OptionError
 from coldtap.stores.storage.contract import ABSENT
 from coldtap.stores.storage.contract import TEMPORARY_SUFFIX as TEMPORARY_SUFFIX
 
@@ -23,16 +24,33 @@ _REASONS = {
     errno.ENAMETOOLONG: "a name in this path is too long: choose a shorter one",
     errno.EISDIR: "a folder is there: choose another path",
 }
+# A Path has one slash where a URL has two; one letter is a drive.
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def require_no_url(place: str | Path) -> None:
+    """Refuse the address of another machine, which would become folders named `s3:` and so on.
+
+    Raises:
+        OptionError: it is one.
+    """
+    if found := _URL.match(str(place)):
+        raise OptionError(
+            f"{place} is an address, and coldtap cannot read or write at {found[1]!r} addresses: give a path of this "
+            "machine, such as a mounted folder"
+        )
 
 
 def write_file(path: Path, pieces: Iterable[Buffer]) -> None:
     """Write a file so that it is there whole or not at all, whatever happens.
 
     Raises:
+        OptionError: `path` is a URL.
         MachineError: the disk is full, read-only or refuses, or the path is none for a file; nothing under `path` has
             changed.
     """
+    require_no_url(path)
     with machine_errors(path):
         _make_folder(path)
         file = AtomicFile(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY), path.name)

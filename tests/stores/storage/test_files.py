@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from coldtap.errors import MachineError, OptionError, StoreLockedError
+from coldtap.stores.storage.address import storage_at
 from coldtap.stores.storage.atomic import machine_errors, write_file
 from coldtap.stores.storage.lock import StoreLock
 from coldtap.stores.storage.output_place import require_place
@@ -93,3 +94,17 @@ def test_one_writer_a_store_and_a_dead_one_does_not_count(tmp_path):
     (tmp_path / ".lock").write_text("process 1 on elsewhere, long dead, with a longer text than ours")
     with StoreLock(tmp_path):
         assert "elsewhere" not in (tmp_path / ".lock").read_text()
+
+
+@pytest.mark.parametrize("place", ["s3://bucket/store", "https://host/store", "gs:/bucket", "hf-hub://a/b"])
+def test_an_address_is_refused_and_becomes_no_folder(tmp_path, monkeypatch, place):
+    monkeypatch.chdir(tmp_path)
+    for use in (storage_at, lambda place: storage_at(Path(place)), lambda place: write_file(Path(place), [b"x"])):
+        with pytest.raises(OptionError, match=r"is an address, and coldtap cannot .*: give a path of this machine"):
+            use(place)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["c:/store", "store", "/a/s3:/store", "a:b", "weird:name"])
+def test_a_name_with_a_colon_is_a_path(place):
+    assert storage_at(place).root == Path(place)

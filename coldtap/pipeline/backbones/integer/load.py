@@ -9,7 +9,7 @@ from coldtap.errors import ModelError
 from coldtap.pipeline.backbones.integer.artefact import Artefact, restore_into
 from coldtap.pipeline.backbones.integer.families import fold_norms
 from coldtap.pipeline.backbones.reference import ARCHITECTURE as REFERENCE
-from coldtap.pipeline.backbones.weights import create_timm_model, weights_digest
+from coldtap.pipeline.backbones.weights import create_timm_model, require_no_place, weights_digest
 
 
 def build_quantised(artefact: Artefact, path: Path, model: str | nn.Module | None) -> nn.Module:
@@ -38,6 +38,8 @@ def build_quantised(artefact: Artefact, path: Path, model: str | nn.Module | Non
             raise ModelError(
                 f"{path} is of {about.model}, and `{model=}` was asked for: leave `model` out, or quantise that one"
             )
+        if model is None:
+            require_no_place(about.model, str(path))
         size = (artefact.preprocess.height, artefact.preprocess.width)
         module = create_timm_model(about.model, random_weights=about.model != REFERENCE, input_size=size)
     fold_norms(module)
