@@ -9,8 +9,12 @@ from coldtap.stores.storage.local import LocalStorage
 type Place = str | Path | Storage
 
 
-def storage_at(place: Place) -> Storage:
+def storage_at(place: Place, *, follow_links: bool = False) -> Storage:
     """Return the storage of a place: a folder's path, there or not yet, or a storage itself.
+
+    Args:
+        place: what a person gives; of a path the last part may be a link.
+        follow_links: whether links to files in the folder are read, as hub caches and git-annex lay them out.
 
     Raises:
         OptionError: it is a URL, for which there is no storage.
@@ -18,7 +22,7 @@ def storage_at(place: Place) -> Storage:
     if isinstance(place, Storage):
         return place
     require_no_url(place)
-    return LocalStorage(Path(place))
+    return LocalStorage(Path(place), follow_links=follow_links)
 
 
 def place_of(storage: Storage) -> Path | Storage:

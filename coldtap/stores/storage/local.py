@@ -7,7 +7,7 @@ import os
 import shutil
 import stat
 import weakref
-from collections.abc import Buffer, Callable, Iterator
+from collections.abc import Buffer, Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
@@ -24,10 +24,9 @@ from coldtap.stores.storage.contract import (
     require_folder,
     require_key,
 )
-from coldtap.stores.storage.files import not_regular, open_regular
+from coldtap.stores.storage.files import FOLDER, descend, is_link, link_at, not_regular, open_regular
 from coldtap.stores.storage.lock import StoreLock
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY
 _NOTHING_THERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EXDEV, errno.EMLINK)
 
@@ -36,18 +35,20 @@ class LocalStorage(Storage):
     """A folder, which need not be there before the first put.
 
     The folder is opened once and stays the one that is meant, even if it is renamed; another process opens it by its
-    path. An object is a regular file. Links are followed, in folders and files, but for two: what is replaced is the
-    link itself, and `list` enters no linked folder.
+    path, which may be or hold a link. An object is a regular file. Below the folder no link is followed, neither to a
+    folder nor to a file, so that nothing outside is read, written or removed; what is replaced or deleted is the link
+    itself. With `follow_links` a link to a regular file is read, as hub caches, DVC and git-annex lay files out.
     """
 
     capabilities = Capabilities(map=True, condition=True, rename=True, link=True)
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, follow_links: bool = False) -> None:
         """Open nothing yet."""
-        self.root = Path(root)
+        self.root, self._follow_links = Path(root), follow_links
+        self._given, self._below = self.root, ""
 
     def __reduce__(self) -> tuple[object, ...]:
-        return LocalStorage, (self.root,)
+        return _reopened, (self._given, self._below, self._follow_links)
 
     def describe(self, key: str = "") -> str:
         """Return the path."""
@@ -55,28 +56,35 @@ class LocalStorage(Storage):
 
     def below(self, folder: str) -> "LocalStorage":
         """Return the storage of a folder."""
-        return LocalStorage(self.root / require_key(folder))
+        storage = LocalStorage(self.root / require_key(folder), follow_links=self._follow_links)
+        storage._given, storage._below = self._given, f"{self._below}/{folder}".lstrip("/")
+        return storage
 
     def open(self, key: str) -> Reader:
         """Open a file for reading."""
         where = self.describe(require_key(key))
-        with _named(where):
-            return LocalReader(open_regular(key, folder=self._root(), where=where), where)
+        with _named(where), self._folder_of(key) as folder:
+            name = key.rpartition("/")[2]
+            return LocalReader(open_regular(name, folder, where=where, follow_links=self._follow_links), where)
 
     def begin(self, key: str, condition: str | None = None) -> Upload:
         """Begin a put."""
-        return _LocalUpload(Path(self.describe(require_key(key))), lambda: self._open_folder(key), condition)
+        return _LocalUpload(Path(self.describe(require_key(key))), lambda: self._made_folder_of(key), condition)
 
     def stat(self, key: str) -> Stat | None:
-        """Return what is known of a file; None where there is none, or a link to nothing."""
+        """Return what is known of a file; None where there is none, or a link to nothing that is followed."""
         where = self.describe(require_key(key))
+        name = key.rpartition("/")[2]
         try:
-            with _named(where):
-                about = os.stat(key, dir_fd=self._root())
+            with _named(where), self._folder_of(key) as folder:
+                about = os.stat(name, dir_fd=folder, follow_symlinks=self._follow_links)
+                link = link_at(name, folder) if stat.S_ISLNK(about.st_mode) else None
         except OSError as error:
             if error.errno in _NOTHING_THERE:
                 return None
             raise
+        if link is not None:
+            raise is_link(where, link)
         if not stat.S_ISREG(about.st_mode):
             raise not_regular(where)
         return Stat(n_bytes=about.st_size, etag=etag_of(about), mtime=about.st_mtime)
@@ -90,14 +98,15 @@ class LocalStorage(Storage):
     def leftovers(self, place: str = "") -> Iterator[str]:
         """Yield the names of unfinished puts, below a folder or of one key."""
         if require_folder(place):
-            with suppress(OSError):
-                os.stat(place + TEMPORARY_SUFFIX, dir_fd=self._root(), follow_symlinks=False)
-                yield place + TEMPORARY_SUFFIX
+            temporary = place + TEMPORARY_SUFFIX
+            with suppress(OSError), self._folder_of(temporary) as folder:
+                os.stat(temporary.rpartition("/")[2], dir_fd=folder, follow_symlinks=False)
+                yield temporary
         yield from (key for key in self._walk(place) if key.endswith(TEMPORARY_SUFFIX))
 
     def sweep(self, place: str = "") -> None:
         """Remove the leftovers below a folder, or of one key."""
-        for name in self.leftovers(place):
+        for name in [*self.leftovers(place)]:
             self._remove(name)
 
     def delete(self, key: str) -> None:
@@ -107,17 +116,21 @@ class LocalStorage(Storage):
     def link(self, source: str, target: str) -> str | None:
         """Give a file a second name where there is none, or copy it where the file system has no such links."""
         where = Path(self.describe(require_key(target)))
-        with self.open(source) as reader, machine_errors(where), self._folder_of(target) as folder:
-            try:
-                os.link(source, where.name, src_dir_fd=self._root(), dst_dir_fd=folder)
-            except FileExistsError:
-                return None
-            except OSError as error:
-                if error.errno not in _NO_LINKS:
-                    raise
+        name = source.rpartition("/")[2]
+        with self.open(source) as reader, self._folder_of(source) as old:
+            if link_at(name, old) is not None:
                 return super().link(source, target)
-            os.fsync(folder)
-            return reader.etag
+            with machine_errors(where), closing(_Descriptor(self._made_folder_of(target))) as new:
+                try:
+                    os.link(name, where.name, src_dir_fd=old, dst_dir_fd=new.number)
+                except FileExistsError:
+                    return None
+                except OSError as error:
+                    if error.errno not in _NO_LINKS:
+                        raise
+                    return super().link(source, target)
+                os.fsync(new.number)
+                return reader.etag
 
     @contextmanager
     def lock(self, *, named: bool = True) -> Iterator[None]:
@@ -129,7 +142,7 @@ class LocalStorage(Storage):
 
     @contextmanager
     def _held(self, root: int) -> Iterator[None]:
-        folder = _Descriptor(os.open(".", _FOLDER, dir_fd=root))
+        folder = _Descriptor(os.open(".", FOLDER, dir_fd=root))
         with closing(folder):
             try:
                 fcntl.flock(folder.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -155,14 +168,19 @@ class LocalStorage(Storage):
         """Return the root's descriptor, opened once."""
         if (opened := self.__dict__.get("_opened")) is None:
             try:
-                descriptor = os.open(self.root, _FOLDER)
+                given = os.open(self._given, FOLDER)
             except NotADirectoryError as error:
-                what = "is a file" if self.root.exists() else "lies below a file, not a folder"
-                raise NotADirectoryError(error.errno, what, str(self.root)) from None
-            opened = self.__dict__.setdefault("_opened", _Descriptor(descriptor))
+                what = "is a file" if self._given.exists() else "lies below a file, not a folder"
+                raise NotADirectoryError(error.errno, what, str(self._given)) from None
+            opened = self._keep(descend(given, self._parts, where=str(self._given)))
         return int(opened.number)
 
     def _made_root(self) -> int:
+        """Return the root's descriptor, made where it is not there.
+
+        Raises:
+            MachineError: a file is where a folder would have to be.
+        """
         try:
             return self._root()
         except FileNotFoundError:
@@ -170,70 +188,78 @@ class LocalStorage(Storage):
         except NotADirectoryError as error:
             raise _no_folder(self.describe()) from error
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
+            self._given.mkdir(parents=True, exist_ok=True)
+            given = os.open(self._given, FOLDER)
+            return int(self._keep(descend(given, self._parts, where=str(self._given), make=True)).number)
         except (FileExistsError, NotADirectoryError) as error:
             raise _no_folder(self.describe()) from error
-        return self._root()
+
+    @property
+    def _parts(self) -> Sequence[str]:
+        return self._below.split("/") if self._below else ()
+
+    def _keep(self, root: int) -> "_Descriptor":
+        # Two threads may have opened it: one descriptor is kept, the other is closed with its last holder.
+        kept: _Descriptor = self.__dict__.setdefault("_opened", _Descriptor(root))
+        return kept
 
     @contextmanager
     def _folder_of(self, key: str) -> Iterator[int]:
-        """Open the folder of a key, made where it is not there; the descriptor is closed in the end."""
-        folder = self._open_folder(key)
+        """Open the folder of a key that is there; the descriptor is closed in the end."""
+        parts = key.split("/")[:-1]
+        if not parts:
+            yield self._root()
+            return
+        folder = descend(os.dup(self._root()), parts, where=self.describe())
         try:
             yield folder
         finally:
             os.close(folder)
 
-    def _open_folder(self, key: str) -> int:
+    def _made_folder_of(self, key: str) -> int:
         """Return a descriptor of the folder of a key, made where it is not there; the caller closes it.
 
         Raises:
             MachineError: a file is where the folder would have to be.
         """
-        folder = os.dup(self._made_root())
-        for part in key.split("/")[:-1]:
-            above = folder
-            try:
-                with suppress(FileExistsError):
-                    os.mkdir(part, dir_fd=above)
-                folder = os.open(part, _FOLDER, dir_fd=above)
-            except NotADirectoryError as error:
-                raise _no_folder(self.describe(key)) from error
-            finally:
-                os.close(above)
-        return folder
+        try:
+            return descend(os.dup(self._made_root()), key.split("/")[:-1], where=self.describe(), make=True)
+        except NotADirectoryError as error:
+            raise _no_folder(self.describe(key)) from error
 
     def _remove(self, name: str) -> None:
-        with machine_errors(Path(self.describe(name))), suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(name, dir_fd=self._root())
+        absent = suppress(FileNotFoundError, NotADirectoryError)
+        with machine_errors(Path(self.describe(name))), absent, self._folder_of(name) as folder:
+            os.unlink(name.rpartition("/")[2], dir_fd=folder)
 
     def _walk(self, folder: str) -> Iterator[str]:
-        """Yield the names of all files below a folder, in the order of their text.
+        """Yield the names of all that is no folder below a folder, in the order of their text; links among them.
 
         Raises:
             MachineError: a folder may not be looked into.
         """
+        prefix = f"{folder}/" if folder else ""
         try:
-            descriptor = os.open(folder or ".", _FOLDER, dir_fd=self._root())
+            descriptor = descend(os.dup(self._root()), folder.split("/") if folder else (), where=self.describe())
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             where = self.describe(folder)
             reason = f"({error.strerror}): change its mode or ask its owner"
             raise MachineError(f"{where} cannot be listed {reason}") from error
-        prefix = f"{folder}/" if folder else ""
         with closing(_Descriptor(descriptor)), os.scandir(descriptor) as entries:
             # A folder stands where the names in it do.
-            found = sorted(
-                f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
-                for entry in entries
-                if not _is_linked_folder(entry)
-            )
+            found = sorted(f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name for entry in entries)
         for name in found:
             if name.endswith("/"):
                 yield from self._walk(f"{prefix}{name[:-1]}")
             else:
                 yield f"{prefix}{name}"
+
+
+def _reopened(given: Path, below: str, follow_links: bool) -> LocalStorage:
+    storage = LocalStorage(given, follow_links=follow_links)
+    return storage.below(below) if below else storage
 
 
 class LocalReader(Reader):
@@ -316,13 +342,6 @@ class _Descriptor:
     def __init__(self, number: int) -> None:
         self.number = number
         self.close = weakref.finalize(self, os.close, number)
-
-
-def _is_linked_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_symlink() and entry.is_dir()
-    except OSError:  # a link to itself
-        return False
 
 
 @contextmanager

@@ -1,12 +1,14 @@
 """One writing job a store: an advisory lock that the kernel drops when its holder dies."""
 
+import errno
 import fcntl
 import os
 import socket
+import stat
 from pathlib import Path
 from types import TracebackType
 
-from coldtap.errors import StoreLockedError
+from coldtap.errors import CorruptStoreError, StoreLockedError
 from coldtap.stores.storage.atomic import machine_errors
 from coldtap.stores.storage.contract import LOCK_NAME as LOCK_NAME
 
@@ -26,7 +28,17 @@ class StoreLock:
     def __enter__(self) -> "StoreLock":
         with machine_errors(self._path):
             place = self._path if self._folder is None else LOCK_NAME
-            self._descriptor = os.open(place, os.O_RDWR | os.O_CREAT, 0o644, dir_fd=self._folder)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+            try:
+                self._descriptor = os.open(place, flags, 0o666, dir_fd=self._folder)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.ENXIO):  # a link, a pipe without a reader
+                    raise
+                raise self._no_lock_file() from None
+            about = os.fstat(self._descriptor)
+            if not stat.S_ISREG(about.st_mode) or about.st_nlink != 1:
+                os.close(self._descriptor)
+                raise self._no_lock_file()
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -38,6 +50,9 @@ class StoreLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
         return self
+
+    def _no_lock_file(self) -> CorruptStoreError:
+        return CorruptStoreError(f"{self._path} is a link, or no regular file, and nothing is written to it: remove it")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -3,6 +3,7 @@
 import errno
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -123,19 +124,110 @@ def test_only_regular_files_are_read(storage):
     assert [*storage.list()] == ["a/b", "pipe"]
 
 
-def test_links_are_read_as_ever(storage, tmp_path):
+@pytest.fixture
+def linked(storage, tmp_path):
+    """A storage with links in it: to a folder, to a file, to nothing and to itself; what lies outside is precious."""
     storage.put("a/b", [b"x"])
     (tmp_path / "outside").mkdir()
-    (tmp_path / "outside/c").write_bytes(b"c")
+    for name in ("c", "c.partial", ".lock"):
+        (tmp_path / "outside" / name).write_bytes(b"precious")
     (storage.root / "folder").symlink_to(tmp_path / "outside")
     (storage.root / "file").symlink_to(tmp_path / "outside/c")
     (storage.root / "nothing").symlink_to(tmp_path / "nothing")
-    assert storage.get("folder/c") == storage.get("file") == b"c"
-    assert storage.stat("nothing") is None
-    assert [*storage.list()] == ["a/b", "file", "nothing"]
-    storage.put("file", [b"new"])
-    assert ((tmp_path / "outside/c").read_bytes(), (storage.root / "file").is_symlink()) == (b"c", False)
-    assert storage.put_if_absent("nothing", [b"x"]) is None
+    (storage.root / "loop").symlink_to("loop")
+    yield storage
+    assert {path.name: path.read_bytes() for path in (tmp_path / "outside").iterdir()} == dict.fromkeys(
+        ("c", "c.partial", ".lock"), b"precious"
+    )
+    assert not (tmp_path / "nothing").exists()
+
+
+READS = ("get", "open", "stat")
+
+
+def test_no_link_is_read(linked):
+    for key in ("file", "nothing", "loop", "folder/c", "folder"):
+        for read in READS:
+            with pytest.raises(
+                CorruptStoreError, match=rf"{linked.root}/{key.partition('/')[0]} is a link, to .*, which"
+            ):
+                getattr(linked, read)(key)
+    below = linked.below("folder")
+    for read in READS:
+        with pytest.raises(CorruptStoreError, match=f"{linked.root}/folder is a link, to "):
+            getattr(below, read)("c")
+    with pytest.raises(CorruptStoreError, match=r"is a link, to .*put the folder itself there"):
+        [*linked.list("folder")]
+    assert [*linked.list()] == ["a/b", "file", "folder", "loop", "nothing"]
+    assert linked.occupied_bytes("a") == 1
+
+
+def test_a_link_to_a_file_is_read_where_the_caller_says_so_and_no_other(linked):
+    following = LocalStorage(linked.root, follow_links=True)
+    for storage in (following, pickle.loads(pickle.dumps(following))):
+        assert (storage.get("file"), storage.stat("file").n_bytes) == (b"precious", 8)
+        assert storage.stat("nothing") is storage.stat("loop") is None
+        with pytest.raises(CorruptStoreError, match="folder is a link"):
+            storage.get("folder/c")
+        with pytest.raises(CorruptStoreError, match="is not a regular file"):
+            storage.get("folder")
+    with pytest.raises(CorruptStoreError, match="folder is a link"):
+        following.put("folder/new", [b"x"])
+
+
+def test_nothing_is_written_through_a_link(linked):
+    for write in (
+        lambda: linked.put("folder/new", [b"x"]),
+        lambda: linked.put_if_absent("folder/new", [b"x"]),
+        lambda: linked.copy("a/b", "folder/new"),
+        lambda: linked.link("a/b", "folder/new"),
+        lambda: linked.copy("file", "new"),
+        lambda: linked.link("file", "new"),
+        lambda: linked.delete("folder/c"),
+        lambda: linked.sweep("folder"),
+        lambda: linked.below("folder").put("new", [b"x"]),
+        lambda: linked.below("folder/deep").put("new", [b"x"]),
+        lambda: linked.below("folder").sweep(),
+        lambda: linked.below("folder").lock().__enter__(),
+        lambda: linked.below("folder").lock(named=False).__enter__(),
+    ):
+        with pytest.raises(CorruptStoreError, match="is a link, to"):
+            write()
+    linked.sweep()
+    linked.put("file", [b"new"])
+    assert (linked.get("file"), (linked.root / "file").is_symlink()) == (b"new", False)
+    assert linked.put_if_absent("nothing", [b"x"]) is None
+    linked.delete("folder")
+    assert not (linked.root / "folder").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "second name", "folder"])
+def test_a_lock_is_written_to_a_file_of_its_own_alone(storage, tmp_path, kind):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"precious")
+    storage.put("a", [b"x"])
+    place = storage.root / ".lock"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    elif kind == "second name":
+        place.hardlink_to(outside)
+    else:
+        place.symlink_to(outside if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises((CorruptStoreError, MachineError), match=r"\.lock"), storage.lock():
+        pass
+    assert (outside.read_bytes(), (tmp_path / "nowhere").exists()) == (b"precious", False)
+
+
+def test_the_path_that_is_given_may_be_a_link(storage, tmp_path):
+    storage.put("a/b", [b"x"])
+    (tmp_path / "way").symlink_to(storage.root)
+    given = LocalStorage(tmp_path / "way")
+    with given.lock():
+        given.put("a/c", [b"y"])
+    assert (given.get("a/b"), given.below("a").get("c"), storage.get("a/c")) == (b"x", b"y", b"y")
+    assert LocalStorage(tmp_path / "way/a").get("b") == b"x"
 
 
 def test_a_folder_where_a_file_should_be_and_the_other_way_round(storage, tmp_path):
