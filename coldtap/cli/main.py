@@ -54,8 +54,19 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
         except OSError as error:  # the machine refuses where nobody had more to say about it
             print(f"error: {_one_line(error)}", file=sys.stderr)
             sys.exit(MachineError.exit_code)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_of_an_allocator(error):
+                raise
+            reason = _one_line(error).partition(" Exception raised from")[0] or "an allocation was refused"
+            print(f"error: not enough memory ({reason}): free some, or ask for less at once", file=sys.stderr)
+            sys.exit(MachineError.exit_code)
 
     return run
+
+
+def _is_of_an_allocator(error: Exception) -> bool:
+    """Whether Python, numpy, Arrow or torch, which has no class of its own for it on the CPU, found no memory."""
+    return isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error)
 
 
 def _named[**P](name: str, command: Callable[P, None]) -> Callable[P, None]:

@@ -3,11 +3,14 @@
 import ast
 import re
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 import typer
 
 from coldtap.cli.errors import OTHERWISE_CALLED, flags_by_parameter, flags_of, in_flags
-from coldtap.cli.main import app
+from coldtap.cli.main import app, guarded
 from tests.test_import_direction import PACKAGE
 
 COMMANDS = typer.main.get_command(app).commands
@@ -101,3 +104,30 @@ def test_texts_of_the_library_speak_of_no_flags():
 
 def test_what_is_exempt_has_flags():
     assert flags_in(EXEMPT) != []
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(1 << 60),
+        lambda: np.empty(1 << 50),
+        lambda: pa.allocate_buffer(1 << 60),
+        lambda: bytearray(1 << 60),
+    ],
+)
+def test_a_refused_allocation_is_a_line_and_an_exit_code(capsys, allocate):
+    with pytest.raises(SystemExit) as ended:
+        guarded(allocate)()
+    assert ended.value.code == 7
+    said = capsys.readouterr().err
+    assert said.startswith("error: not enough memory (")
+    assert said.endswith("): free some, or ask for less at once\n")
+    assert said.count("\n") == 1
+
+
+def test_another_runtime_error_is_no_users_mistake():
+    def fails():
+        raise RuntimeError("a shape")
+
+    with pytest.raises(RuntimeError, match="a shape"):
+        guarded(fails)()

@@ -45,10 +45,10 @@ def recorded_kind(name: str, *, asked: str | None, where: str) -> AdaptorKind[An
     """
     if asked is not None and asked != name:
         raise OptionError(f"`adaptor={asked!r}`: {where} is of the adaptor {name!r}: leave `adaptor` out, or name that")
-    if asked is None and name not in ADAPTORS:
+    if asked is None and ":" in name:
         raise OptionError(
-            f"{where} names the adaptor {name!r}, which is not coldtap's own; nothing was imported. Known are "
-            f"{', '.join(ADAPTORS)}; if you know that code and trust it, name it yourself: `adaptor={name!r}`"
+            f"the adaptor {name!r} is none of coldtap's own ({', '.join(ADAPTORS)}), and nothing was imported: if you "
+            f"know that code and trust it, name it yourself: `adaptor={name!r}`"
         )
     return adaptor_kind(name)
 

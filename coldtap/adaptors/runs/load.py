@@ -17,6 +17,8 @@ from coldtap.stores.format.compensation import TapMaps
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 
+WEIGHT_BYTES = 4  # float32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedRun:
@@ -58,7 +60,7 @@ def load_run(run: Place, *, adaptor: str | None = None) -> LoadedRun:
     if info is None:
         raise RunError(f"there is no finished run at {storage}: make one with `train-adaptor`")
     data = _read(storage, ADAPTOR, info.adaptor_sha256)
-    module = build_adaptor(info, adaptor=adaptor, where=storage.describe(RUN))
+    module = build_adaptor(info, adaptor=adaptor, where=storage.describe(RUN), n_bytes=len(data))
     try:
         module.load_state_dict(load(data))
     except (RuntimeError, SafetensorError) as error:
@@ -92,17 +94,19 @@ def _read(run: Storage, name: str, digest: str) -> bytes:
     return data
 
 
-def build_adaptor(info: RunInfo, *, adaptor: str | None, where: str) -> nn.Module:
+def build_adaptor(info: RunInfo, *, adaptor: str | None, where: str, n_bytes: int) -> nn.Module:
     """Build the untrained module of a run from what `run.json` says.
 
     Args:
         info: What it says.
         adaptor: As `load_adaptor` takes it.
         where: The file, for messages.
+        n_bytes: Of the weights; nothing larger is built.
 
     Raises:
         OptionError: `adaptor` is another one than the run's.
-        RunError: The run's adaptor is not coldtap's own and was not named, or its options are unknown.
+        RunError: The run's adaptor is not coldtap's own and was not named, its options are unknown, or it has more
+            parameters than there are weights.
     """
     try:
         kind = recorded_kind(info.settings.adaptor, asked=adaptor, where=where)
@@ -110,5 +114,8 @@ def build_adaptor(info: RunInfo, *, adaptor: str | None, where: str) -> nn.Modul
     except OptionError as error:
         if adaptor is not None:
             raise
-        raise RunError(str(error)) from error
+        raise RunError(f"{where} names what this coldtap does not know: {error}") from error
+    n_parameters = kind.count(info.features, options, n_classes=info.n_classes)
+    if n_parameters * WEIGHT_BYTES > n_bytes:
+        raise RunError(f"{where} tells of {n_parameters} parameters, more than there are weights: train again")
     return kind.build(info.features, options, n_classes=info.n_classes)

@@ -22,7 +22,9 @@ import pyarrow.parquet as pq
 
 from coldtap.adaptors.metrics.metrics import TrialRows
 from coldtap.errors import CorruptStoreError, RunError
+from coldtap.stores.format.tables import parse_schema, parse_table
 from coldtap.stores.format.types import KINDS, TargetKind
+from coldtap.stores.reading.manifest_files import MAX_TABLE_BYTES
 from coldtap.stores.storage.address import Place, storage_at
 
 PREDICTIONS = "predictions.parquet"
@@ -118,18 +120,18 @@ def read_predictions(run: Place) -> Predictions | None:
     storage = storage_at(run)
     where = storage.describe(PREDICTIONS)
     try:
-        data = pa.BufferReader(storage.get(PREDICTIONS, limit=None))
-        with pq.ParquetFile(data, page_checksum_verification=True) as file:
-            found = file.schema_arrow
-            kind = _kind(found)
-            if kind is None or not found.equals(_SCHEMAS[kind], check_metadata=False):
-                raise RunError(f"{where} has columns {found.names} of no kind of target that this coldtap knows")
-            table = file.read()
+        file = pa.BufferReader(storage.get(PREDICTIONS, limit=MAX_TABLE_BYTES))
+        found = parse_schema(file, where=where)
+        kind = _kind(found)
+        if kind is None or not found.equals(_SCHEMAS[kind], check_metadata=False):
+            raise RunError(f"{where} has columns {found.names} of no kind of target that this coldtap knows")
+        table = parse_table(file, _SCHEMAS[kind], where=where)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, pa.ArrowException, CorruptStoreError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise RunError(f"{where} cannot be read ({reason}): train again into another `out`") from error
+    except OSError as error:
+        raise RunError(f"{where} cannot be read ({error.strerror}): train again into another `out`") from error
+    except CorruptStoreError as error:
+        raise RunError(f"{error}: train again into another `out`") from error
     if problem := _problem(table, kind):
         raise RunError(f"{where} is damaged ({problem}): train again into another `out`")
     names = table["split"].unique().to_pylist()
@@ -158,9 +160,7 @@ def _kind(schema: pa.Schema) -> TargetKind | None:
 def _problem(table: pa.Table, kind: TargetKind) -> str | None:
     """What is wrong with the lines of a table, or None."""
     lists = {name: table[name].combine_chunks() for name in table.column_names if pa.types.is_list(table[name].type)}
-    if any(table[name].null_count for name in table.column_names) or any(
-        column.flatten().null_count for column in lists.values()
-    ):
+    if any(column.flatten().null_count for column in lists.values()):
         return "a value is null"
     fixed = ("probability",) if kind == "labels" else ("target", "predicted")
     widths = {int(n) for name in fixed if name in lists for n in np.unique(np.diff(lists[name].offsets.to_numpy()))}

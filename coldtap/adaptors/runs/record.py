@@ -8,6 +8,7 @@ from typing import Any
 from coldtap.adaptors.data.memory import Residency
 from coldtap.adaptors.networks.contract import FeatureSpec
 from coldtap.adaptors.runs.settings import RunSettings
+from coldtap.stores.format.fields import require_types
 from coldtap.stores.format.types import TargetKind
 
 FORMAT = 4
@@ -103,7 +104,7 @@ class RunInfo:
             "metrics": {split: _metrics(metrics) for split, metrics in fields["metrics"].items()},
             "residency": Residency(**fields["residency"]),
         }
-        return cls(**{**fields, **parsed})
+        return require_types(cls(**{**fields, **parsed}))
 
 
 def _metrics(record: Mapping[str, Any]) -> SplitMetrics:
@@ -128,7 +129,7 @@ class Failure:
     def from_dict(cls, record: Mapping[str, Any]) -> "Failure":
         """Parse `failed.json`; a missing key is a KeyError."""
         settings = RunSettings.from_dict(record["settings"])
-        return cls(settings=settings, reason=record["reason"], seconds=record["seconds"])
+        return require_types(cls(settings=settings, reason=record["reason"], seconds=record["seconds"]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `failed.json`."""

@@ -15,7 +15,6 @@ Formats 1 to 3, of earlier versions, are read too: 1 and 2 knew single labels an
 
 import csv
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import load
 
 from coldtap.adaptors.runs.record import FORMAT, READABLE, EpochRecord, Failure, RunInfo
 from coldtap.errors import CorruptStoreError, RunError
-from coldtap.stores.format.canonical import readable_json
+from coldtap.stores.format.canonical import parse_json, readable_json
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 
@@ -65,7 +64,7 @@ def write_failure(run: Place, failure: Failure) -> None:
 def _read[T](run: Storage, name: str, parse: Callable[[Mapping[str, Any]], T]) -> T | None:
     where = run.describe(name)
     try:
-        record = json.loads(run.get(name))
+        record = parse_json(run.get(name))
         found = record["format"]
         if found in READABLE:
             return parse(record)

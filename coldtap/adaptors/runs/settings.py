@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from coldtap.adaptors.data.epoch_order import Shuffle
 from coldtap.errors import RunError
+from coldtap.stores.format.fields import require_types
 from coldtap.stores.storage.contract import Storage
 
 type Fit = Literal["train", "train+val"]
@@ -46,7 +47,7 @@ class RunSettings:
     def from_dict(cls, record: Mapping[str, Any]) -> "RunSettings":
         """Parse what `dataclasses.asdict` gave, in any readable format; an unknown key is a TypeError."""
         # Formats 1 and 2 had one seed for everything; the other new settings had no other value than their defaults.
-        return cls(**{"order_seed": record["seed"], **record})
+        return require_types(cls(**{"order_seed": record["seed"], **record}))
 
     def differences(self, other: "RunSettings") -> list[str]:
         """Return each setting that differs in `other`, as `name: here → there`; of two adaptors, that alone."""

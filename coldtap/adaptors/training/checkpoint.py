@@ -8,7 +8,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from safetensors import SafetensorError
@@ -19,7 +19,8 @@ from coldtap.adaptors.runs.settings import RunSettings
 from coldtap.adaptors.training.learner import Tensors, without_prefix
 from coldtap.adaptors.training.state import TrialState
 from coldtap.errors import CorruptStoreError, RunError
-from coldtap.stores.format.canonical import sha256
+from coldtap.stores.format.canonical import parse_json, safetensors_header, sha256
+from coldtap.stores.format.fields import require_types
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 
@@ -78,7 +79,7 @@ def read_checkpoint(folder: Place) -> Checkpoint | None:
             raise ValueError("its digest does not hold")
         trials = tuple(_trial(record, without_prefix(tensors, f"{n}.")) for n, record in enumerate(state["trials"]))
         numbers = {name: state[name] for name in ("epochs", "batches", "steps", "seconds")}
-        return Checkpoint(trials=trials, **numbers)
+        return replace(require_types(Checkpoint(trials=(), **numbers)), trials=trials)
     except FileNotFoundError:
         return None
     except (SafetensorError, ValueError, KeyError, TypeError, CorruptStoreError) as error:
@@ -95,15 +96,13 @@ def _trial(record: Mapping[str, Any], tensors: Tensors) -> TrialState:
     parsed = {
         "settings": RunSettings.from_dict(record["settings"]),
         "records": tuple(EpochRecord(**epoch) for epoch in record["records"]),
-        "tensors": tensors,
     }
-    return TrialState(**{**record, **parsed})
+    return replace(require_types(TrialState(**{**record, **parsed, "tensors": {}})), tensors=tensors)
 
 
 def _state_of(data: bytes) -> dict[str, Any]:
-    """The JSON in a safetensors header: 8 bytes of length, then the header itself."""
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    state: dict[str, Any] = json.loads(header["__metadata__"]["coldtap"])
+    """The JSON in a safetensors header."""
+    state: dict[str, Any] = parse_json(safetensors_header(data)["__metadata__"]["coldtap"])
     return state
 
 

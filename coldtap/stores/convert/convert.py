@@ -154,9 +154,7 @@ class _ToOtherTier(Making):
         source = self.source
         ids, sources = sample_columns(source)
         names = {name: targets_name(name) for name in source.target_names}
-        for file in names.values():
-            source.files.require_intact(file)
-        targets = {name: source.storage.get(file, limit=None) for name, file in names.items()}
+        targets = {name: source.files.table(file).read() for name, file in names.items()}
         compensations = {file: source.read_file(file) for file in map(compensation_file, source.compensations)}
         return writer.finish(ids, sources.__getitem__, targets, compensations)
 

@@ -35,6 +35,11 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def safetensors_header(data: bytes) -> Any:
+    """Return the JSON of a safetensors header: 8 bytes of length, then the header itself; raises as `parse_json`."""
+    return parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+
+
 def digest_of(value: Any) -> str:
     """SHA-256 of the canonical JSON of a value, in hexadecimal."""
     return sha256(canonical_json(value))

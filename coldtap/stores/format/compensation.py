@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.arrays import ArraySpec
-from coldtap.stores.format.canonical import canonical_json, parse_json
+from coldtap.stores.format.canonical import canonical_json, parse_json, safetensors_header
 from coldtap.stores.format.codes import Floats
 
 COMPENSATION = "compensation"
@@ -77,7 +77,7 @@ def parse_compensation(data: bytes, name: str, arrays: Mapping[str, ArraySpec], 
     """
     try:
         tensors = load(data)
-        fitted = parse_json(_header(data)["__metadata__"]["coldtap"].encode())
+        fitted = parse_json(safetensors_header(data)["__metadata__"]["coldtap"].encode())
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"{where} is not the file of a compensation ({error!r})") from error
     if not (isinstance(fitted, dict) and {*fitted} >= FITTED):
@@ -88,11 +88,6 @@ def parse_compensation(data: bytes, name: str, arrays: Mapping[str, ArraySpec], 
     return Compensation(
         name=name, maps={array: _maps(tensors, array, arrays.get(array), where) for array in names}, fitted=fitted
     )
-
-
-def _header(data: bytes) -> Any:
-    """The JSON of a safetensors header: 8 bytes of length, then the header itself."""
-    return parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
 def _maps(tensors: Mapping[str, np.ndarray[Any, Any]], array: str, spec: ArraySpec | None, where: str) -> TapMaps:

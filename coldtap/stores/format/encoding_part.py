@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from coldtap.errors import CorruptStoreError
-from coldtap.stores.format.fields import Fields, refused_as
+from coldtap.stores.format.fields import MAX_BLOCK_ROWS, Fields, refused_as
 from coldtap.stores.format.tiers import LAYOUTS, TIERS, Layout, TierName
 
 KNOWN = ("gathers", "tier", "scales", "layout", "block_rows", "from")
@@ -65,7 +65,7 @@ class EncodingPart:
                 tier=TIERS[tier].name,
                 scales=fields.json("scales"),
                 layout=layout,
-                block_rows=fields.whole("block_rows", least=1),
+                block_rows=fields.whole("block_rows", least=1, most=MAX_BLOCK_ROWS),
                 origin=None if fields.lacks("from") else fields.json("from"),
                 others=fields.others(*KNOWN),
             )

@@ -2,9 +2,30 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
+import msgspec
+
 from coldtap.errors import CorruptStoreError
+
+# Sizes that a file states and a reader makes room for before it sees one such thing (docs/security.md).
+MAX_CLASSES = 1 << 20
+MAX_BLOCK_ROWS = 1 << 16
+MAX_VIEWS = 1 << 16
+
+
+def require_types[RecordT](record: RecordT) -> RecordT:
+    """Return a dataclass that was made from JSON as it is, each field of the type that its class says.
+
+    Raises:
+        ValueError: a field, at any depth, is of another type.
+    """
+    try:
+        msgspec.convert(asdict(record), type(record), str_keys=True)  # type: ignore[call-overload]  # a dataclass
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+    return record
 
 
 class Fields:
@@ -35,9 +56,12 @@ class Fields:
         """Return a whole number, negative ones included."""
         return int(self._taken(name, "a whole number", int))
 
-    def whole(self, name: str, *, least: int) -> int:
-        """Return a whole number from `least`."""
-        return _whole(f"{self._path}.{name}", self._taken(name, "a whole number", int), least)
+    def whole(self, name: str, *, least: int, most: int | None = None) -> int:
+        """Return a whole number from `least` to `most`."""
+        value = _whole(f"{self._path}.{name}", self._taken(name, "a whole number", int), least)
+        if most is not None and value > most:
+            raise ValueError(f"{self._path}.{name} is {value!r:.60}; this coldtap reads {most} at most")
+        return value
 
     def wholes(self, name: str, *, least: int) -> tuple[int, ...]:
         """Return whole numbers from `least`."""

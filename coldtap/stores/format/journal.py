@@ -4,13 +4,13 @@ A block without its line is not there, whatever files it left; resume does it ag
 differs between two runs of the same recipe in the same environment, so that a resumed run ends in the same bytes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from coldtap.errors import CorruptStoreError
-from coldtap.stores.format.canonical import readable_json
+from coldtap.stores.format.canonical import parse_json, readable_json
+from coldtap.stores.format.fields import require_types
 
 JOURNAL = "journal"
 
@@ -63,7 +63,7 @@ class JournalLine:
             )
             for name, shard in record["shards"].items()
         }
-        return cls(
+        line = cls(
             **{
                 **record,
                 "shards": shards,
@@ -71,6 +71,7 @@ class JournalLine:
                 "source_sha256": {int(row): digest for row, digest in record["source_sha256"].items()},
             }
         )
+        return require_types(line)
 
 
 def journal_name(block: int) -> str:
@@ -90,7 +91,7 @@ def parse_line(data: bytes, block: int, *, where: str) -> JournalLine:
         CorruptStoreError: they are not a journal line of this block; the message names the file as `where`.
     """
     try:
-        line = JournalLine.from_dict(json.loads(data))
+        line = JournalLine.from_dict(parse_json(data))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CorruptStoreError(f"{where} is damaged ({error}): remove it, and the block is done again") from error
     if line.block != block:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from coldtap.stores.format.fields import Fields, refused_as
+from coldtap.stores.format.fields import MAX_VIEWS, Fields, refused_as
 from coldtap.stores.format.rows import SPLITS
 
 OPTIONAL = ("val", "order", "seed", "augmentation")
@@ -75,7 +75,7 @@ class RowsPart:
                 val=None if "val" in lacks else fields.text("val"),
                 order=None if "order" in lacks else fields.text("order"),
                 seed=None if "seed" in lacks else fields.number("seed"),
-                views=fields.whole("views", least=0),
+                views=fields.whole("views", least=0, most=MAX_VIEWS),
                 augmentation=None if "augmentation" in lacks else fields.json_or_null("augmentation"),
                 others=fields.others("listing", "splits", "views", *OPTIONAL),
                 lacks=lacks,

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.canonical import parse_json
+from coldtap.stores.format.fields import MAX_CLASSES
 from coldtap.stores.format.tables import parse_schema, parse_table
 from coldtap.stores.format.types import IGNORED, TargetKind
 
@@ -159,6 +160,7 @@ def parse_targets(file: pa.NativeFile, *, most_lines: int, where: str) -> Target
     order = metadata["order"].decode(errors="replace") if "order" in metadata else None
     if kind == "class":
         values = parse_table(file, TARGETS_SCHEMA, ["target"], where=where)["target"].to_numpy()
+        _require_in_range(where, values, MAX_CLASSES, lowest=np.iinfo(np.int64).min)
         return Targets(values=values, class_names=names, order=order)
     n_classes = _stated_classes(where, metadata, names)
     if kind == "labels":

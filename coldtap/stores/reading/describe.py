@@ -10,14 +10,12 @@ from coldtap.stores.format.codes import describe_bound
 from coldtap.stores.format.journal import JOURNAL
 from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.recipe import PARTS
-from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA
 from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.journal_lines import read_line
 from coldtap.stores.reading.manifest_files import is_complete
 from coldtap.stores.reading.recipe_file import read_recipe
 from coldtap.stores.reading.row_index import Rows
 from coldtap.stores.reading.store import Store
-from coldtap.stores.reading.tables import read_table
 from coldtap.stores.storage.address import Place, storage_at
 
 
@@ -48,7 +46,7 @@ def describe_store(path: Place) -> dict[str, Any]:
 
 
 def _contents(store: Store) -> dict[str, Any]:
-    rejected = read_table(store.storage, REJECTED, REJECTED_SCHEMA)
+    rejected = store.index.rejected()
     return {
         "digest": store.digest,
         "n_rows": store.n_rows,

@@ -12,7 +12,6 @@ from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.targets import TARGETS, Targets, parse_target_ids, parse_targets, targets_name
 from coldtap.stores.reading.manifest_files import ManifestFiles
 from coldtap.stores.reading.row_index import RowIndex, Rows
-from coldtap.stores.reading.tables import opened_table
 
 
 class Labels:
@@ -44,10 +43,8 @@ class Labels:
         storage, file = self._files.storage, targets_name(name)
         if not self._files.has(file):
             raise MissingFeaturesError(f"{storage} has no targets {name!r}; {self._describe()}")
-        self._files.require_intact(file)
         where = storage.describe(file)
-        with opened_table(storage, file) as opened:
-            table = parse_targets(opened, most_lines=self._recipe.rows.n_samples, where=where)
+        table = parse_targets(self._files.table(file), most_lines=self._recipe.rows.n_samples, where=where)
         grids = {tap.grid for tap in self._recipe.extractor.taps}
         if table.grid is not None and table.grid not in grids:
             raise CorruptStoreError(
@@ -76,8 +73,7 @@ class Labels:
         storage, file = self._files.storage, targets_name(name)
         where = storage.describe(file)
         ids = pa.array(self._rows.sample_ids(rows), pa.string())
-        with opened_table(storage, file) as opened:
-            lines = pc.index_in(ids, parse_target_ids(opened, table.kind, where=where))
+        lines = pc.index_in(ids, parse_target_ids(self._files.table(file), table.kind, where=where))
         if lines.null_count:
             missing = ids[pc.index(lines.is_null(), True).as_py()].as_py()
             raise MissingFeaturesError(f"{where} has no target for sample {missing!r}")

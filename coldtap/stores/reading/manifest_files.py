@@ -2,11 +2,16 @@
 
 import hashlib
 
+import pyarrow as pa
+
 from coldtap.errors import CorruptStoreError, IncompleteStoreError, MachineError
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry, Manifest
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
+from coldtap.stores.storage.files import MAX_SMALL_BYTES
+
+MAX_TABLE_BYTES = 1 << 32  # samples.parquet takes some 60 bytes per row
 
 
 class ManifestFiles:
@@ -42,12 +47,15 @@ class ManifestFiles:
         if entry is None:
             self._require_absent(name)
             return None
+        return self._intact(entry, limit=MAX_SMALL_BYTES)
+
+    def _intact(self, entry: Entry, *, limit: int) -> bytes:
         try:
-            data = self.storage.get(name)
+            data = self.storage.get(entry.name, limit=limit)
         except OSError:
-            raise self._missing(name) from None
-        if sha256(data) != entry.sha256:
-            raise self._changed(name)
+            raise self._missing(entry.name) from None
+        if len(data) != entry.n_bytes or sha256(data) != entry.sha256:
+            raise self._changed(entry.name)
         return data
 
     def find_feature(self, name: str) -> bytes | None:
@@ -65,23 +73,18 @@ class ManifestFiles:
         self._require_absent(name)
         return False
 
-    def require_intact(self, name: str) -> None:
-        """Hold a table against the manifest without having all of it in memory.
+    def table(self, name: str) -> pa.BufferReader:
+        """Return a table for the parsers of `format`: the very bytes that were held against the manifest.
 
         Raises:
             CorruptStoreError: it is missing, or not what the manifest says.
         """
         entry = self.manifest.find(name)
-        try:
-            there = self.storage.stat(name)
-            same = entry is not None and there is not None and there.n_bytes == entry.n_bytes
-            same = same and file_entry(self.storage, name) == entry
-        except OSError:
-            raise self._missing(name) from None
-        if there is None:
+        if entry is None:
+            self._require_absent(name)
             raise self._missing(name)
-        if not same:
-            raise self._changed(name)
+        data = self._intact(entry, limit=MAX_TABLE_BYTES)
+        return pa.BufferReader(data)
 
     def names_below(self, folder: str) -> list[str]:
         """Return the names of the files that the manifest lists below a folder, sorted."""

@@ -13,9 +13,8 @@ import pyarrow as pa
 from coldtap.errors import CorruptStoreError, MissingFeaturesError
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import Segment, segments_of
-from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA
+from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA, parse_table
 from coldtap.stores.reading.manifest_files import ManifestFiles
-from coldtap.stores.reading.tables import read_table
 
 type Rows = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -105,13 +104,13 @@ class RowIndex:
 
     def samples(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return columns of `samples.parquet`, held against the manifest: one line per present row, ascending."""
-        self._files.require_intact(SAMPLES)
-        return read_table(self._files.storage, SAMPLES, SAMPLES_SCHEMA, columns)
+        where = self._files.storage.describe(SAMPLES)
+        return parse_table(self._files.table(SAMPLES), SAMPLES_SCHEMA, columns, where=where)
 
     def rejected(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return columns of `rejected.parquet`, held against the manifest: one line per row that is not there."""
-        self._files.require_intact(REJECTED)
-        return read_table(self._files.storage, REJECTED, REJECTED_SCHEMA, columns)
+        where = self._files.storage.describe(REJECTED)
+        return parse_table(self._files.table(REJECTED), REJECTED_SCHEMA, columns, where=where)
 
     def sample_numbers(self, rows: Sequence[int] | Rows) -> Rows:
         """Return the number of each row's sample; raises as `require_present` does."""

@@ -3,7 +3,7 @@
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.targets import same_targets, targets_name
 from coldtap.stores.reading.manifest_files import file_entry, read_manifest
-from coldtap.stores.reading.tables import opened_table
+from coldtap.stores.reading.tables import open_table
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 from coldtap.stores.writing.records import write_manifest
@@ -14,8 +14,7 @@ def has_other_targets(storage: Storage, name: str, data: bytes) -> bool:
     file = targets_name(name)
     if not _is_intact(storage, file):
         return True
-    with opened_table(storage, file) as opened:
-        return not same_targets(opened, data, where=storage.describe(file))
+    return not same_targets(open_table(storage, file), data, where=storage.describe(file))
 
 
 def update_targets(place: Place, name: str, data: bytes) -> None:

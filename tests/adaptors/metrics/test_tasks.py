@@ -306,7 +306,7 @@ def test_damaged_predictions_are_refused(tmp_path):
     path = tmp_path / PREDICTIONS
     data, table = path.read_bytes(), pq.read_table(path)
     path.write_bytes(data[:-20])
-    with pytest.raises(RunError, match=r"predictions.parquet cannot be read .*: train again"):
+    with pytest.raises(RunError, match=r"predictions.parquet cannot be read: .*: train again"):
         read_predictions(tmp_path)
     pq.write_table(table.drop_columns(["loss"]), path)
     with pytest.raises(RunError, match=r"has columns .* of no kind of target"):
@@ -316,7 +316,7 @@ def test_damaged_predictions_are_refused(tmp_path):
         read_predictions(tmp_path)
     for column, values, message in (
         ("target", [[7]] * len(table), r"a label is none of the classes"),
-        ("target", [None] * len(table), r"a value is null"),
+        ("target", [None] * len(table), r"a line has no target"),
         ("target", [[None]] * len(table), r"a value is null"),
         ("probability", [[0.5] * (1 + (row == 0)) for row in range(len(table))], r"lists of \[1, 2\] values"),
     ):

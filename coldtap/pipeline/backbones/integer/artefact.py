@@ -27,7 +27,8 @@ from coldtap.pipeline.backbones.integer.ranges import ActivationRange
 from coldtap.pipeline.backbones.integer.scheme import Scheme
 from coldtap.pipeline.images.preprocess import Preprocess
 from coldtap.stores.compensation.channel_affine import ChannelAffine
-from coldtap.stores.format.canonical import sha256
+from coldtap.stores.format.canonical import parse_json, safetensors_header, sha256
+from coldtap.stores.format.fields import require_types
 from coldtap.stores.storage.local import LocalStorage
 
 FORMAT = 1
@@ -147,11 +148,10 @@ def read_artefact(path: Path) -> Artefact:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
     try:
         tensors = load_tensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        said = json.loads(header["__metadata__"][KEY])
+        said = parse_json(safetensors_header(data)["__metadata__"][KEY])
         if (found := said.pop("format")) != FORMAT:
             raise ModelError(f"{path} has format {found}; this version of coldtap reads {FORMAT}")
-        layers, strides, about = said.pop("layers"), said.pop("qwt_strides"), About(**said)
+        layers, strides, about = said.pop("layers"), said.pop("qwt_strides"), require_types(About(**said))
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no artefact of `coldtap quantize` ({type(error).__name__}: {error})") from error
     return Artefact(

@@ -6,7 +6,6 @@
 
 import bisect
 import itertools
-import json
 import os
 import re
 import threading
@@ -33,6 +32,7 @@ from coldtap.pipeline.images.sources.files import read_file
 from coldtap.pipeline.images.sources.listing import Listing, fingerprint_of, make_listing
 from coldtap.pipeline.images.sources.splits import Labels, canonical_split
 from coldtap.pipeline.images.sources.spool import SharedSpool, Spool
+from coldtap.stores.format.canonical import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ def _size_of_images(metadata: pq.FileMetaData) -> str:
 def _hugging_face_names(schema: pa.Schema) -> list[str] | None:
     """Return the names of a ClassLabel, which Hugging Face's datasets writes into the schema's metadata."""
     try:
-        label = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]
+        label = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]["label"]
         one = label[0] if isinstance(label, list) else label.get("feature", label)  # of a list, or of a sequence
         return [str(name) for name in one["names"]]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError):
