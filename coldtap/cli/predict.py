@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import Device, FinishedRun, RunAdaptor
+from coldtap.cli.output import say
 
 
 def predict(
@@ -76,9 +77,9 @@ def predict(
                 total += 1
                 right += predictor.is_right(result.labels[0], listing, index)
     if total:
-        print(f"top-1 {right / total:.4f} on {total} labelled images", file=sys.stderr)
+        say(f"top-1 {right / total:.4f} on {total} labelled images", err=True)
     if bad:
-        print(f"{bad} images could not be used; their lines say why", file=sys.stderr)
+        say(f"{bad} images could not be used; their lines say why", err=True)
 
 
 @contextmanager
