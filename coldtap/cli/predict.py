@@ -11,6 +11,7 @@ import typer
 
 from coldtap.cli.options import Device, FinishedRun, RunAdaptor
 from coldtap.cli.output import say
+from coldtap.text import csv_cell
 
 
 def predict(
@@ -92,4 +93,5 @@ def _writer(out: Path | None) -> Iterator[Callable[[list[Any]], Any]]:
     except OSError as error:
         raise MachineError(f"cannot write {out}: {error.strerror}; give another --out") from error
     with place as file:
-        yield csv.writer(file, lineterminator="\n").writerow
+        writer = csv.writer(file, lineterminator="\n")
+        yield lambda cells: writer.writerow([csv_cell(str(cell)) for cell in cells])
