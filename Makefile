@@ -22,7 +22,7 @@ demo: $(STAMP) ## Digits to trained adaptors in a few minutes, with one table an
 	@$(PY) -m examples.demo $(ARGS)
 
 test: $(STAMP) ## Run the tests
-	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(STAMP) ## Format, lint, types and import direction; changes nothing
 	$(PY) -m ruff format --check .

@@ -9,7 +9,7 @@ import typer
 
 from coldtap.cli.job_texts import as_dict, sentence
 from coldtap.cli.measured_errors import show_errors, show_share
-from coldtap.cli.options import AsJson, CompleteStore, DryRun, Layout, MaxError, Tier
+from coldtap.cli.options import AsJson, CompleteStore, DryRun, FollowLinks, Layout, MaxError, Tier
 from coldtap.cli.output import say
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
@@ -24,6 +24,7 @@ def convert(
         typer.Option(help="Of int8: signal to noise in every channel, in dB. Default: the codes' own, or 30."),
     ] = None,
     max_error: MaxError = None,
+    follow_links: FollowLinks = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
@@ -33,10 +34,11 @@ def convert(
     """
     from coldtap.cli.progress import JobProgress
     from coldtap.stores.convert.convert import convert_store
+    from coldtap.stores.storage.address import storage_at
 
     with sigterm_interrupts(), JobProgress("rows") as progress:
         report = convert_store(
-            store,
+            storage_at(store, follow_links=follow_links),
             new,
             tier=tier,  # type: ignore[arg-type] # checked inside, with a message
             layout=layout,  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from coldtap.cli.errors import in_flags
-from coldtap.cli.options import AsJson, Device, FinishedRun, RunAdaptor
+from coldtap.cli.options import AsJson, Device, FinishedRun, FollowLinks, RunAdaptor
 from coldtap.cli.output import say
 
 
@@ -26,14 +26,16 @@ def evaluate(
     ] = False,
     adaptor: RunAdaptor = None,
     device: Device = "auto",
+    follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a trained adaptor on a split of STORE; nothing is written."""
     from coldtap.adaptors import evaluate_adaptor
+    from coldtap.stores.storage.address import storage_at
 
     found = evaluate_adaptor(
-        run,
-        store,
+        storage_at(run, follow_links=follow_links),
+        storage_at(store, follow_links=follow_links),
         split=split,
         compensation=compensation,
         across_quantisation=across_quantisation,

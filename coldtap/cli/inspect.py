@@ -9,7 +9,7 @@ import typer
 
 from coldtap.cli.compensate import gain_lines
 from coldtap.cli.measured_errors import show_errors, show_share
-from coldtap.cli.options import AsJson
+from coldtap.cli.options import AsJson, FollowLinks
 from coldtap.cli.output import say
 from coldtap.stores.format.codes import describe_bound
 from coldtap.stores.format.tiers import TIERS
@@ -18,12 +18,14 @@ from coldtap.text import show_bytes
 
 def inspect(
     store: Annotated[Path, typer.Argument(metavar="STORE", help="A store, complete or not.")],
+    follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what a store is: recipe, arrays, sizes, splits, labels, ranges, complete or not."""
     from coldtap.stores.reading.describe import describe_store
+    from coldtap.stores.storage.address import storage_at
 
-    about = describe_store(store)
+    about = describe_store(storage_at(store, follow_links=follow_links))
     if as_json:
         print(json.dumps(about, indent=1))
         return

@@ -14,6 +14,7 @@ from coldtap.stores.writing.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
     from coldtap.adaptors import ProtocolResult, RunResult, Trials
+    from coldtap.stores.storage.contract import Storage
 
 
 def train_adaptor(
@@ -66,6 +67,7 @@ def train_adaptor(
         bool | None,
         typer.Option("--resident/--stream", help="Keep features in memory, or read each batch. Default: by size."),
     ] = None,
+    follow_links: shared.FollowLinks = False,
     as_json: shared.AsJson = False,
 ) -> None:
     """Train a small network from STORE alone: no backbone, no images.
@@ -75,6 +77,7 @@ def train_adaptor(
     from coldtap.adaptors import TrainingOptions, option_defaults
     from coldtap.adaptors import train_adaptor as train
     from coldtap.adaptors.networks.kinds import adaptor_kind
+    from coldtap.stores.storage.address import storage_at
 
     if settings == ["help"]:
         defaults = option_defaults(adaptor_kind(adaptor).options)
@@ -94,6 +97,7 @@ def train_adaptor(
         target=target,
         compensation=compensation,
     )
+    place = storage_at(store, follow_links=follow_links)
     options = parse_pairs(settings or [], flag="--set", example="rank=4")
     with sigterm_interrupts(), EpochLines() as lines:
         common: dict[str, Any] = {
@@ -104,15 +108,15 @@ def train_adaptor(
             "note": lines.note,
         }
         if protocol is None and not grid and seeds == 1:
-            one = train(store, adaptor, settings=options, **vars(training), **common)
+            one = train(place, adaptor, settings=options, **vars(training), **common)
             _print_run(one, adaptor, as_json)
             return
         common |= {"seeds": seeds, "training": training, "settings": options}
-        _train_trials(store, adaptor, parse_grid(grid or []), protocol, common, as_json)
+        _train_trials(place, adaptor, parse_grid(grid or []), protocol, common, as_json)
 
 
 def _train_trials(
-    store: Path,
+    store: "Storage",
     adaptor: str,
     grid: dict[str, list[str]],
     protocol: str | None,

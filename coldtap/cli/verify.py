@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from coldtap.cli.options import AsJson, CompleteStore
+from coldtap.cli.options import AsJson, CompleteStore, FollowLinks
 from coldtap.cli.output import say
 from coldtap.text import show_bytes
 
@@ -16,11 +16,13 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="Also compare the images with what was read when the store was made.")
     ] = None,
+    follow_links: FollowLinks = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every digest, checksum and shape of a store; exit code 1 if anything is wrong."""
     from coldtap.cli.progress import WorkProgress
     from coldtap.extras import require_extra
+    from coldtap.stores.storage.address import storage_at
     from coldtap.stores.verify.verify import verify_store
 
     if source is not None:
@@ -33,12 +35,13 @@ def verify(
                 n_bytes, lambda done, rate: f"{show_bytes(done)} of {total}  {show_bytes(rate)}/s", last_line=False
             )
 
-        result = verify_store(store, begin=begin, advance=progress.advance)
+        place = storage_at(store, follow_links=follow_links)
+        result = verify_store(place, begin=begin, advance=progress.advance)
     problems = list(result.problems)
     if source is not None and not problems:
         from coldtap.workflows.check_source import check_source
 
-        problems += check_source(source, store)
+        problems += check_source(source, place)
     if as_json:
         found = [{"where": problem.where, "what": problem.what} for problem in problems]
         about = {"store": str(store), "digest": result.digest, "files": result.n_files, "bytes": result.n_bytes}

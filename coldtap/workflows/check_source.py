@@ -7,11 +7,12 @@ from coldtap.pipeline.images.decode import BadImageError, content_digest
 from coldtap.pipeline.images.sources import open_source
 from coldtap.stores import open_store
 from coldtap.stores.reading.store import Store
+from coldtap.stores.storage.address import Place
 from coldtap.stores.verify.problems import Problem
 from coldtap.stores.verify.verify import source_problems
 
 
-def check_source(source: Path, store: Path) -> list[Problem]:
+def check_source(source: Path, store: Place) -> list[Problem]:
     """Return what is wrong with the images of a sound store: gone, broken, or changed since they were cached.
 
     Raises:

@@ -116,7 +116,7 @@ def _file_problems(storage: Storage, entries: Mapping[str, Entry]) -> Iterator[P
         elif what := _size_problem(storage, name, entry.n_bytes):
             yield Problem(where=name, what=what)
     for name in sorted(there - set(entries) - {MANIFEST}):
-        yield Problem(where=name, what="the manifest does not list this file")
+        yield Problem(where=name, what=_link_problem(storage, name) or "the manifest does not list this file")
 
 
 def _size_problem(storage: Storage, name: str, n_bytes: int) -> str | None:
@@ -127,6 +127,17 @@ def _size_problem(storage: Storage, name: str, n_bytes: int) -> str | None:
     if there is None:
         return "the file cannot be read (a link to nothing, such as git-annex leaves)"
     return None if there.n_bytes == n_bytes else f"{there.n_bytes} bytes; the manifest says {n_bytes}"
+
+
+def _link_problem(storage: Storage, name: str) -> str | None:
+    """What stands in the place of a file, such as a link to a folder."""
+    try:
+        storage.stat(name)
+    except CorruptStoreError as error:
+        return str(error)
+    except OSError:
+        return None
+    return None
 
 
 def _content_problems(
