@@ -17,6 +17,7 @@ from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunks import CRC_BYTES, checksum, compress, decompress
 from coldtap.stores.format.codes import Escapes
+from coldtap.stores.format.manifest import FEATURES
 
 CHUNK = 16_384
 NOWHERE = 2**32 - 1  # the fill value of `position`
@@ -141,6 +142,6 @@ def _opened(data: bytes, n_bytes: int, where: str) -> bytearray:
 
 def longest_list(keys: Mapping[str, Any], spec: ArraySpec) -> int:
     """The number of chunks of the longest list among the files of one or more blocks."""
-    prefix = f"escapes/{spec.name}/position/c/"
+    prefix = f"{FEATURES}/escapes/{spec.name}/position/c/"
     numbers = [int(key.removeprefix(prefix).split("/")[1]) for key in keys if key.startswith(prefix)]
     return max(numbers, default=-1) + 1

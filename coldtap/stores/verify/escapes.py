@@ -31,8 +31,7 @@ def escape_problems(
     if any(name.startswith(f"{folder}/") for name in damaged):
         return
     n_blocks = array.n_rows // array.spec.block_rows
-    keys = {name.removeprefix(f"{FEATURES}/"): None for name in entries if name.startswith(f"{folder}/")}
-    expected = escape_files([array.spec], n_blocks, {array.name: longest_list(keys, array.spec)})
+    expected = escape_files([array.spec], n_blocks, {array.name: longest_list(entries, array.spec)})
     for part in ("position", "value"):
         name = f"{folder}/{part}/zarr.json"
         if what := _differences(store, name, parse_json(expected[name])):

@@ -190,6 +190,6 @@ def test_escapes_of_a_block_without_rows_do_not_reach_the_next(tmp_path, feature
     expected = encode(features[1:2], scaling_of(LAYERS)).escapes
     kept = buffers[LAYERS].take_escapes(1, np.ones(4, bool))
     assert len(kept.value) == 0
-    chunks = [key for key in line.shards if key.startswith("escapes/")]
+    chunks = [key for key in line.files if key.startswith("features.zarr/escapes/")]
     assert bool(chunks) == bool(len(expected.value))
     assert not list((tmp_path / "s/features.zarr").glob("escapes/layers/*/value/c/0"))
