@@ -19,6 +19,7 @@ from coldtap.stores.format.targets import targets_name
 from coldtap.stores.format.types import TargetKind
 from coldtap.stores.reading.array import StoredArray, require_metadata
 from coldtap.stores.reading.digest_lists import digests_of
+from coldtap.stores.reading.escape_reader import escape_reader
 from coldtap.stores.reading.labels import Labels
 from coldtap.stores.reading.manifest_files import ManifestFiles
 from coldtap.stores.reading.recipe_file import RECIPE, read_recipe
@@ -122,7 +123,15 @@ class Store:
         numbers = read_numbers(read, spec, features)
         origin = _array_of, (self.storage, self._n_threads, self.digest, spec.name)
         return StoredArray(
-            spec, n_rows, numbers, self._files, self._threads, read, features, index=self.index, origin=origin
+            spec,
+            n_rows,
+            numbers,
+            self._files,
+            self._threads,
+            escape_reader(spec, self.recipe, self.files),
+            f"{features}/{spec.name}",
+            index=self.index,
+            origin=origin,
         )
 
     @property

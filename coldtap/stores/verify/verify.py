@@ -12,6 +12,7 @@ from coldtap.errors import CorruptStoreError, StoreError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.chunk_digests import DIGESTS, digests_name
 from coldtap.stores.format.compensation import compensation_file
+from coldtap.stores.format.escape_segments import ESCAPES
 from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry
 from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA
 from coldtap.stores.reading.digest_lists import ReadDigests, digests_of
@@ -98,7 +99,7 @@ def verify_store(
         damaged |= {problem.where for problem in problems}
         problems.extend(_compensation_problems(opened, damaged))
         for array in opened.arrays.values():
-            problems.extend(escape_problems(opened, array, entries, damaged) if array.spec.kept_as.is_coded else ())
+            problems.extend(escape_problems(opened, array, entries, damaged))
         found_rows, n_rows = _row_problems(opened, damaged)
         problems.extend(found_rows)
     return Verification(
@@ -160,15 +161,17 @@ def _compensation_problems(store: Store, damaged: Set[str]) -> Iterator[Problem]
 
 
 def _list_problems(entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]) -> Iterator[Problem]:
-    """Shards whose chunks have no list of digests, and lists of no shard."""
+    """Shards and escapes that have no list of digests, and lists of none."""
     wanted = set()
     for entry in entries:
+        if entry.startswith(f"{ESCAPES}/"):
+            wanted.add(f"{DIGESTS}/{entry}")
         name, _, key = entry.removeprefix(f"{FEATURES}/").partition("/c/")
         if name in arrays and key and "#" not in key:
             wanted.add(digests_name(name, int(key.split("/")[0])))
     there = {name for name in entries if name.startswith(f"{DIGESTS}/")}
-    yield from (Problem(where=name, what="the manifest lists no digests of a shard") for name in sorted(wanted - there))
-    yield from (Problem(where=name, what="digests of a shard that is not there") for name in sorted(there - wanted))
+    yield from (Problem(where=name, what="the manifest does not list these digests") for name in sorted(wanted - there))
+    yield from (Problem(where=name, what="digests of what is not there") for name in sorted(there - wanted))
 
 
 def _tap_line_problems(

@@ -15,11 +15,12 @@ from coldtap.errors import IncompleteStoreError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.canonical import readable_json, sha256
 from coldtap.stores.format.chunk_digests import DIGESTS, digests_name
+from coldtap.stores.format.codes import Escapes
 from coldtap.stores.format.compensation import COMPENSATION
-from coldtap.stores.format.escapes import escape_chunks, longest_list
+from coldtap.stores.format.escape_segments import ESCAPES, escape_bytes, escape_digests, escapes_folder, escapes_name
 from coldtap.stores.format.journal import JOURNAL, JournalLine, Rejection, WrittenFile, journal_name
 from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry
-from coldtap.stores.format.metadata import escape_files, static_files
+from coldtap.stores.format.metadata import static_files
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
@@ -38,7 +39,7 @@ from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
 from coldtap.stores.writing.records import write_line, write_manifest, write_rows
 
 # Only there do dead jobs of coldtap leave something; elsewhere others may use the same ending.
-SWEPT = (RECIPE, SAMPLES, REJECTED, MANIFEST, FEATURES, DIGESTS, JOURNAL, TARGETS, COMPENSATION)
+SWEPT = (RECIPE, SAMPLES, REJECTED, MANIFEST, FEATURES, DIGESTS, ESCAPES, JOURNAL, TARGETS, COMPENSATION)
 
 
 class StoreWriter:
@@ -160,12 +161,10 @@ class StoreWriter:
         for spec in self.specs:
             # Taken also where no row is present: the buffer goes on to another block.
             escapes = buffers[spec.name].take_escapes(block, present)
-            self._forget_escapes(spec, block)
             if present.any():
                 self._place_shard(spec, block, buffers[spec.name].shard.seal(present), files)
-            for key, data in escape_chunks(spec, block, escapes):
-                self._place(f"{FEATURES}/{key}", data, files)
-                fault_point("escapes-renamed")
+            if spec.kept_as.is_coded:
+                self._place_escapes(spec, block, escapes, files)
         fault_point("block-renamed")
         line = JournalLine(
             block=block,
@@ -191,11 +190,18 @@ class StoreWriter:
         self._place(digests_name(spec.name, block), sealed.digests, files)
         fault_point("digests-renamed")
 
-    def _forget_escapes(self, spec: ArraySpec, block: int) -> None:
-        """A longer list may lie there from a block that died, made elsewhere (`allow_mixed`)."""
-        for part in ("position", "value"):
-            for key in self.storage.list(f"{FEATURES}/escapes/{spec.name}/{part}/c/{block}"):
-                self.storage.delete(key)
+    def _place_escapes(self, spec: ArraySpec, block: int, escapes: Escapes, files: dict[str, WrittenFile]) -> None:
+        name, list_name = escapes_name(spec.name, block), digests_name(escapes_folder(spec.name), block)
+        if not len(escapes.value):
+            # Some may lie there from a block that died, made elsewhere (`allow_mixed`).
+            for stale in (name, list_name):
+                if self.storage.stat(stale) is not None:
+                    self.storage.delete(stale)
+            return
+        data = escape_bytes(spec, block, escapes)
+        self._place(name, data, files)
+        fault_point("escapes-renamed")
+        self._place(list_name, escape_digests(data, spec, where=name), files)
 
     def _place(self, name: str, data: bytes, files: dict[str, WrittenFile]) -> None:
         self.storage.put(name, [data])
@@ -224,20 +230,8 @@ class StoreWriter:
         beside = {**{targets_name(name): data for name, data in targets.items()}, **(others or {})}
         for name, data in beside.items():
             self.storage.put(name, [data])
-        escapes = self._write_escape_metadata()
         fault_point("index-written")
-        return write_manifest(self.storage, self._entries([*self._statics, *escapes, *beside]))
-
-    def _write_escape_metadata(self) -> Iterable[str]:
-        coded = [spec for spec in self.specs if spec.kept_as.is_coded]
-        longest = dict.fromkeys((spec.name for spec in coded), 0)
-        for line in self._lines() if coded else ():
-            for spec in coded:
-                longest[spec.name] = max(longest[spec.name], longest_list(line.files, spec))
-        files = escape_files(coded, self.plan.n_blocks, longest) if coded else {}
-        for name, data in files.items():
-            self.storage.put(name, [data])
-        return files
+        return write_manifest(self.storage, self._entries([*self._statics, *beside]))
 
     def _lines(self) -> Iterator[JournalLine]:
         """Every block's line, one at a time: together they would grow with the dataset."""

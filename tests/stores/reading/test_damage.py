@@ -15,6 +15,7 @@ What is promised, and by whom:
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ from coldtap.stores.format.codes import Scaling
 from coldtap.stores.format.manifest import MANIFEST
 from coldtap.stores.format.recipe import PARTS, signed_record
 from coldtap.stores.verify.verify import verify_store
-from tests.helpers.places import ROOT
+from tests.helpers.places import FIXTURES, ROOT
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
 
 KINDS = [("float32", "fast"), ("float16", "fast"), ("bfloat16", "fast"), ("int8", "fast"), ("int8", "compact")]
@@ -265,7 +266,7 @@ def is_shard(name):
 
 
 def is_payload(name):
-    return is_shard(name) or (name.startswith("features.zarr/escapes/") and "/c/" in name)
+    return is_shard(name) or name.startswith(("escapes/", "digests/"))
 
 
 def is_metadata(name):
@@ -591,9 +592,26 @@ def test_forged_scales_end_in_an_error_of_coldtap_or_in_values(stores):
 
 def test_forged_escapes_end_in_an_error_of_coldtap_or_in_values(stores):
     sound = stores["int8", "fast"]
-    name = f"features.zarr/escapes/{LAYERS}/position/c/0/0/0"
+    name = f"escapes/{LAYERS}/0"
+    words, n_counts = np.frombuffer(sound.files[name], "<u4"), BLOCK_ROWS * N_TAPS
+    (first, *_) = np.flatnonzero(words[:n_counts])
+    for at, wrong in ((n_counts, 56), (n_counts, 2**32 - 1), (first, 0), (first, 2**32 - 1), (0, 2**31), (11, 1)):
+        forged = words.copy()
+        forged[at] = wrong
+        with Damaged(sound, relisted(sound, {name: forged.tobytes()})):
+            assert same_or_error(sound), (at, wrong)
+    for data in (b"", b"\0", sound.files[name][: 4 * n_counts], sound.files[name][:-4], sound.files[name] + b"\0" * 8):
+        with Damaged(sound, relisted(sound, {name: data})):
+            assert same_or_error(sound), len(data)
+
+
+def test_forged_lists_of_format_1_end_in_an_error_of_coldtap_or_in_values(tmp_path):
+    path = shutil.copytree(FIXTURES / "int8-fast", tmp_path / "old")
+    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    sound = Sound(path=path, files=files, truth=dict(everything(path, each_row=True)))
+    name = "features.zarr/escapes/layers/g2x2-p1-c6/position/c/0/0/0"
     position = np.frombuffer(zstandard.decompress(sound.files[name][:-4]), "<u4").reshape(-1, 4)
-    for at, wrong in ((0, BLOCK_ROWS), (0, 2**31), (1, N_TAPS), (2, 7), (3, 8), (3, 2**32 - 1)):
+    for at, wrong in ((0, 4), (0, 2**31), (1, 4), (2, 5), (3, 6), (3, 2**32 - 1)):
         forged = position.copy()
         forged[0, at] = wrong
         frame = zstandard.compress(forged.tobytes())

@@ -184,7 +184,7 @@ def test_a_manifest_without_a_file_or_a_list_is_found_out(store):
     assert set(problems(store)) == {
         ("journal/00000001.json", "the manifest does not list this file"),
         (f"{digests}/0", "the manifest does not list this file"),
-        (f"{digests}/1", "the manifest lists no digests of a shard"),
+        (f"{digests}/1", "the manifest does not list these digests"),
     }
 
 
@@ -193,7 +193,7 @@ def test_a_list_of_digests_of_no_shard_is_found_out(store):
     left = [line for line in lines if not line.endswith(f" {VAL}")]
     (store / MANIFEST).write_text("\n".join(left) + "\n")
     (store / VAL).unlink()
-    assert ("digests/layers/g2x2-p0-c4/1", "digests of a shard that is not there") in problems(store)
+    assert ("digests/layers/g2x2-p0-c4/1", "digests of what is not there") in problems(store)
 
 
 def test_lists_that_lie_about_a_checksum_alone_are_found_out(store):
@@ -466,7 +466,8 @@ def test_the_bytes_that_are_read_are_told(store):
 
 # Codes, and what they do not hold
 
-ESCAPES = "features.zarr/escapes/layers/g2x3-p1-c8"
+ESCAPES = "escapes/layers/g2x3-p1-c8"
+OLD_ESCAPES = "features.zarr/escapes/layers/g2x2-p1-c6"
 
 
 @pytest.fixture
@@ -488,9 +489,14 @@ def coded(tmp_path):
     return tmp_path / "coded"
 
 
+@pytest.fixture
+def coded_of_format_1(tmp_path):
+    return shutil.copytree(FIXTURES / "int8-compact", tmp_path / "old")
+
+
 def rewrite_list(store, change):
     """Change the positions of the first list of escapes, and what its checksum and the manifest say of it."""
-    name = min(name for name in files(store) if name.startswith(f"{ESCAPES}/position/c/"))
+    name = min(name for name in files(store) if name.startswith(f"{OLD_ESCAPES}/position/c/"))
     frame = decompress((store / name).read_bytes()[:-4], CHUNK * 4 * 4)
     position = np.frombuffer(frame, "<u4").reshape(CHUNK, 4).copy()
     change(position)
@@ -500,14 +506,48 @@ def rewrite_list(store, change):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_an_escape_that_points_outside_its_block_is_found_out(coded, axis):
+def test_an_escape_of_format_1_that_points_outside_its_block_is_found_out(coded_of_format_1, axis):
     def far(position):
         position[0, axis] = 1000
 
-    rewrite_list(coded, far)
-    ((where, what),) = problems(coded)
-    assert where == ESCAPES
+    rewrite_list(coded_of_format_1, far)
+    ((where, what),) = problems(coded_of_format_1)
+    assert where == OLD_ESCAPES
     assert "has an escape outside its rows" in what
+
+
+def words_of(data):
+    """Counts (row, tap) of the first block with escapes, and the words behind them."""
+    words = np.frombuffer(data, "<u4").copy()
+    return words[: 4 * 2], words[4 * 2 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda counts, rest: rest.__setitem__(0, 7 * 8), "outside the tokens and channels of its tap"),
+        (lambda counts, rest: counts.__setitem__(0, counts[0] + 1), "are not 8 counts and as many escapes as they say"),
+        (lambda counts, rest: rest.__setitem__(-1, 0), "not the digests of the segments"),
+        (lambda counts, rest: counts.__setitem__(slice(None), counts[::-1].copy()), "not the digests of the segments"),
+    ],
+)
+def test_escapes_that_are_no_segments_or_others_are_found_out(coded, change, what):
+    name = min(name for name in files(coded) if name.startswith(f"{ESCAPES}/"))
+    counts, rest = words_of((coded / name).read_bytes())
+    change(counts, rest)
+    (coded / name).write_bytes(counts.tobytes() + rest.tobytes())
+    relist(coded, name)
+    ((where, found),) = problems(coded)
+    assert where in (name, f"digests/{name}")
+    assert what in found
+
+
+def test_escapes_without_a_list_of_digests_are_found_out(coded):
+    name = min(name for name in files(coded) if name.startswith(f"digests/{ESCAPES}/"))
+    lines = [line for line in (coded / MANIFEST).read_text().splitlines() if not line.endswith(f" {name}")]
+    (coded / MANIFEST).write_text("".join(f"{line}\n" for line in lines))
+    (coded / name).unlink()
+    assert (name, "the manifest does not list these digests") in problems(coded)
 
 
 @pytest.mark.parametrize(
@@ -520,8 +560,8 @@ def test_an_escape_that_points_outside_its_block_is_found_out(coded, axis):
         ("value", "codecs", [{"name": "bytes"}]),
     ],
 )
-def test_metadata_of_escapes_that_does_not_fit_their_lists_is_found_out(coded, part, key, value):
-    name = f"{ESCAPES}/{part}/zarr.json"
+def test_metadata_of_escapes_that_does_not_fit_their_lists_is_found_out(coded_of_format_1, part, key, value):
+    coded, name = coded_of_format_1, f"{OLD_ESCAPES}/{part}/zarr.json"
     metadata = json.loads((coded / name).read_text())
     (coded / name).write_text(json.dumps({**metadata, key: value}))
     relist(coded, name)
