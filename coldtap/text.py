@@ -1,7 +1,10 @@
 """What people read: bytes, seconds and counts, lists cut short, and tables, as plain text."""
 
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
+
+FORMULA_STARTS = ("=", "+", "-", "@", "'")
 
 
 def show_bytes(n_bytes: float) -> str:
@@ -42,6 +45,42 @@ def images(count: int) -> str:
     return f"{count} image" if count == 1 else f"{count} images"
 
 
+def printable(text: str) -> str:
+    r"""Return a text that a terminal shows as it is, on one line.
+
+    Control characters, line ends among them, marks that turn the direction of writing, and bytes of a path that are
+    no UTF-8 are shown as escapes: `\x1b`, `\n`, `\u202e`, `\udcff`.
+    """
+    if text.isprintable():
+        return text
+    return "".join(_shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    # Spaces of other scripts are not "printable" to Python, and do no harm.
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def csv_cell(text: str) -> str:
+    """Return a text for a cell of CSV: printable, and no formula to a spreadsheet.
+
+    A text that begins with `=`, `+`, `-`, `@` or an apostrophe gets an apostrophe in front, unless it is a number; take
+    one away from a cell that begins with an apostrophe to have the text again.
+    """
+    shown = printable(text)
+    return f"'{shown}" if shown[:1] in FORMULA_STARTS and shown and not _is_number(shown) else shown
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, numbers_right: bool = False) -> str:
     """Return a table with columns as wide as their widest cell; empty columns are left out.
 
@@ -50,7 +89,8 @@ def text_table(header: Sequence[str], lines: Sequence[Sequence[str]], *, numbers
         lines: The cells of each line.
         numbers_right: Whether all columns but the first stand to the right.
     """
-    columns = [column for column in zip(header, *lines, strict=True) if not lines or any(column[1:])]
+    shown = [[printable(cell) for cell in line] for line in (header, *lines)]
+    columns = [column for column in zip(*shown, strict=True) if not lines or any(column[1:])]
     padded = []
     for number, column in enumerate(columns):
         width = max(map(len, column))

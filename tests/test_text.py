@@ -1,8 +1,11 @@
 """Bytes, seconds, lists and tables as people read them."""
 
+import csv
+import io
+
 import pytest
 
-from coldtap.text import a_few, show_bytes, show_seconds, text_table
+from coldtap.text import a_few, csv_cell, printable, show_bytes, show_seconds, text_table
 
 
 @pytest.mark.parametrize(
@@ -40,3 +43,39 @@ def test_a_table_leaves_out_empty_columns_and_puts_numbers_to_the_right_where_as
     lines = [("one", "", "1"), ("fourteen", "", "22")]
     assert text_table(("name", "none", "n"), lines) == "name      n\none       1\nfourteen  22"
     assert text_table(("name", "none", "n"), lines, numbers_right=True) == ("name       n\none        1\nfourteen  22")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, 你好, é, \u00a0 \u2003", "plain, 你好, é, \u00a0 \u2003"),
+        ("\x1b[31mred\x1b[0m", r"\x1b[31mred\x1b[0m"),
+        ("two\nlines\r\ttab", r"two\nlines\r\ttab"),
+        ("\x9b2J\x7f\x00", r"\x9b2J\x7f\x00"),
+        ("safe\u202egpj.exe", r"safe\u202egpj.exe"),
+        ("line\u2028end", r"line\u2028end"),
+        (b"caf\xe9".decode("utf-8", "surrogateescape"), r"caf\udce9"),
+    ],
+)
+def test_what_moves_the_cursor_is_shown_as_an_escape(text, shown):
+    assert printable(text) == shown
+    assert text_table(["a"], [[text]]).splitlines()[1] == shown.rstrip()
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+cmd", "-x", "@SUM(A1)", "'quoted", '=HYPERLINK("http://a")'])
+def test_no_cell_is_a_formula_and_every_text_can_be_had_again(text):
+    cell = csv_cell(text)
+    assert cell == f"'{text}"
+    assert cell.removeprefix("'") == text
+
+
+@pytest.mark.parametrize("text", ["-0.5", "+3", "1e-3", "", "a=b", "train/cat/0.png", "-inf"])
+def test_numbers_and_other_texts_are_cells_as_they_are(text):
+    assert csv_cell(text) == text
+
+
+def test_a_row_of_csv_stays_one_line_with_its_cells():
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerow(map(csv_cell, ["a\nb", "=x", 'c"d', "\x1b]0;t\x07"]))
+    assert len(file.getvalue().splitlines()) == 1
+    assert next(csv.reader([file.getvalue()])) == [r"a\nb", "'=x", 'c"d', r"\x1b]0;t\x07"]

@@ -1,6 +1,5 @@
 """`coldtap benchmark FOLDER --adaptors … --out OUT`."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -8,6 +7,7 @@ import typer
 
 from coldtap.cli import options as shared
 from coldtap.cli.errors import in_flags
+from coldtap.cli.output import say
 from coldtap.cli.train import parse_grid, parse_pairs
 from coldtap.errors import ColdtapError, InterruptedRunError, ModelError, OptionError
 from coldtap.stores.writing.stopping import sigterm_interrupts
@@ -96,19 +96,19 @@ def benchmark(
         out=out,
     )
     _require_room(folder, out, jobs)
-    print("\n".join(asked.budget()))
+    say(*asked.budget())
     with sigterm_interrupts():
         if dry_run:
             _forecast(asked)
             return
         table, exit_code = run_benchmark(asked, jobs=jobs, tell=_tell, display=BenchmarkDisplay())
-    print(f"\n{in_flags(table_text(table))}\n{out}: table.txt, table.csv and table.html hold it too")
+    say("", *in_flags(table_text(table)).splitlines(), f"{out}: table.txt, table.csv and table.html hold it too")
     if exit_code:
         raise typer.Exit(exit_code)
 
 
 def _tell(line: str) -> None:
-    print(in_flags(line), file=sys.stderr, flush=True)
+    say(in_flags(line), err=True)
 
 
 def _names(text: str) -> list[str]:
@@ -135,12 +135,12 @@ def _forecast(asked: "Benchmark") -> None:
         except (InterruptedRunError, OptionError, ModelError):
             raise
         except ColdtapError as error:
-            print(f"{dataset}: cannot be cached: {in_flags(str(error))}")
+            say(f"{dataset}: cannot be cached: {in_flags(str(error))}")
             continue
         ahead = report.forecast
-        print(
+        say(
             f"{dataset}: {asked.store(dataset)} is complete, {report.n_rows} rows"
             if ahead is None
             else f"{dataset}: {ahead.n_rows} rows, {show_bytes(ahead.n_bytes)} to {asked.store(dataset)}"
         )
-    print("nothing was written")
+    say("nothing was written")

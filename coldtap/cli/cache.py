@@ -8,6 +8,7 @@ import typer
 
 from coldtap.cli import options as shared
 from coldtap.cli.job_texts import as_dict, sentence
+from coldtap.cli.output import say
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 TRIPLE = "three numbers with commas, one per channel"
@@ -123,7 +124,7 @@ def cache_features(
     if as_json:
         print(json.dumps(as_dict(report), indent=1))
     else:
-        print(sentence(report))
+        say(sentence(report))
 
 
 def _numbers(option: str, text: str | None) -> tuple[float, ...] | None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson
+from coldtap.cli.output import say
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 DONE = {
@@ -42,10 +43,10 @@ def compensate(
         print(json.dumps({**fields, "store": str(report.store), "arrays": gains}, indent=1))
         return
     done = DONE[report.status]
-    print(f"{store}: compensation {name} from {report.n_rows} {split} rows ({report.n_samples} samples) {done}")
+    say(f"{store}: compensation {name} from {report.n_rows} {split} rows ({report.n_samples} samples) {done}")
     for array, of_taps in gains.items():
         for line in gain_lines(array, of_taps):
-            print(line)
+            say(line)
 
 
 def gain_lines(array: str, gains: Sequence[Mapping[str, Any]]) -> list[str]:

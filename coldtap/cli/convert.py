@@ -10,6 +10,7 @@ import typer
 from coldtap.cli.job_texts import as_dict, sentence
 from coldtap.cli.measured_errors import show_errors, show_share
 from coldtap.cli.options import AsJson, CompleteStore, DryRun, Layout, MaxError, Tier
+from coldtap.cli.output import say
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 
@@ -57,9 +58,9 @@ def convert(
         )
         print(json.dumps(about, indent=1))
         return
-    print(sentence(report))
+    say(sentence(report))
     for line in _error_lines(report, store):
-        print(line)
+        say(line)
 
 
 def _error_lines(report: Any, store: Path) -> Iterator[str]:

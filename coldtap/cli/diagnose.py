@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from coldtap.cli import options as shared
+from coldtap.cli.output import say
 from coldtap.text import text_table
 
 if TYPE_CHECKING:
@@ -70,10 +71,11 @@ def diagnose(
     if as_json:
         print(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False))
         return
-    print("\n\n".join(_tables(diagnosis)))
+    for table in _tables(diagnosis):
+        say(*table.splitlines(), "")
     n_seeds = len(diagnosis.runs)
-    print(
-        f"\n{out}: {', '.join(FILES)}; {diagnosis.architecture} in {diagnosis.scheme}, {n_seeds} "
+    say(
+        f"{out}: {', '.join(FILES)}; {diagnosis.architecture} in {diagnosis.scheme}, {n_seeds} "
         f"{'seeds: mean (lowest … highest)' if n_seeds > 1 else 'seed'}; {diagnosis.n_calibration} images to calibrate "
         f"on, {diagnosis.n_held_out} others held out"
     )

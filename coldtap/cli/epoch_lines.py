@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from coldtap.cli.errors import in_flags
+from coldtap.cli.output import say
+from coldtap.text import printable
 
 if TYPE_CHECKING:
     from coldtap.adaptors.training.state import TrialState
@@ -34,16 +36,16 @@ class EpochLines:
         """Print a sentence, above the bar where there is one."""
         line = f"{self.title}{in_flags(text)}"
         if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
+            say(line, err=True)
         else:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(printable(line), markup=False, highlight=False)
 
     def __call__(self, trials: "Sequence[TrialState]", *, epoch: int, epochs: int, seconds: float) -> None:
         """Show an epoch."""
         text = f"{self.title}epoch {epoch}/{epochs}  {describe(trials)}"
         if self._bar is None:
             if epoch % max(epochs // 10, 1) == 0 or epoch == epochs:
-                print(f"{text}  {seconds:.2f} s", file=sys.stderr, flush=True)
+                say(f"{text}  {seconds:.2f} s", err=True)
             return
         if self._task is None:
             self._task = self._bar.add_task(text, total=epochs)

@@ -1,7 +1,6 @@
 """`coldtap evaluate RUN STORE`."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,7 @@ import typer
 
 from coldtap.cli.errors import in_flags
 from coldtap.cli.options import AsJson, Device, FinishedRun, RunAdaptor
+from coldtap.cli.output import say
 
 
 def evaluate(
@@ -39,11 +39,11 @@ def evaluate(
         across_quantisation=across_quantisation,
         adaptor=adaptor,
         device=device,
-        note=lambda sentence: print(in_flags(sentence), file=sys.stderr),
+        note=lambda sentence: say(in_flags(sentence), err=True),
     )
     if as_json:
         print(json.dumps({**asdict(found), "run": str(run), "store": str(store)}, indent=1))
         return
     scores = ", ".join(f"{name} {score:.4f}" for name, score in found.metrics.scores.items())
     through = f", compensation {found.compensation}" if found.compensation else ""
-    print(f"{run} on {store}, {split} ({found.metrics.n_samples} samples){through}: {scores}")
+    say(f"{run} on {store}, {split} ({found.metrics.n_samples} samples){through}: {scores}")

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import AsJson, FinishedRun, Format, RunAdaptor
+from coldtap.cli.output import say
 from coldtap.errors import OptionError
 from coldtap.text import show_bytes
 
@@ -45,7 +46,7 @@ def export(
         print(json.dumps(_as_dict(report, run), indent=1))
         return
     for line in _lines(report):
-        print(line)
+        say(line)
 
 
 def _as_dict(report: Any, run: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import typer
 
 from coldtap.cli.export import require_format
 from coldtap.cli.options import AsJson, Format
+from coldtap.cli.output import say
 from coldtap.text import show_bytes
 
 
@@ -33,7 +34,7 @@ def export_backbone(
         print(json.dumps(_as_dict(report, artefact), indent=1))
         return
     for line in _lines(report):
-        print(line)
+        say(line)
 
 
 def _as_dict(report: Any, artefact: Path) -> dict[str, Any]:

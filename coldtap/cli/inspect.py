@@ -10,6 +10,7 @@ import typer
 from coldtap.cli.compensate import gain_lines
 from coldtap.cli.measured_errors import show_errors, show_share
 from coldtap.cli.options import AsJson
+from coldtap.cli.output import say
 from coldtap.stores.format.codes import describe_bound
 from coldtap.stores.format.tiers import TIERS
 from coldtap.text import show_bytes
@@ -24,10 +25,10 @@ def inspect(
 
     about = describe_store(store)
     if as_json:
-        print(json.dumps(about, indent=1, ensure_ascii=False))
+        print(json.dumps(about, indent=1))
         return
     for line in _lines(about):
-        print(line)
+        say(line)
 
 
 def _arithmetic(extractor: dict[str, Any]) -> str:

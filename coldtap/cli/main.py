@@ -23,6 +23,7 @@ from coldtap.cli.evaluate import evaluate
 from coldtap.cli.export import export
 from coldtap.cli.export_backbone import export_backbone
 from coldtap.cli.inspect import inspect
+from coldtap.cli.output import say
 from coldtap.cli.predict import predict
 from coldtap.cli.quantize import quantize
 from coldtap.cli.report import report
@@ -43,22 +44,22 @@ def guarded[**P](command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
         except ColdtapError as error:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            say(f"error: {_one_line(error)}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
-            print(STOPPED, file=sys.stderr)
+            say(STOPPED, err=True)
             sys.exit(130)
         except BrokenPipeError:  # `| head` has seen enough; what is left must not fail again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
         except OSError as error:  # the machine refuses where nobody had more to say about it
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            say(f"error: {_one_line(error)}", err=True)
             sys.exit(MachineError.exit_code)
         except (MemoryError, RuntimeError) as error:
             if not _is_of_an_allocator(error):
                 raise
             reason = _one_line(error).partition(" Exception raised from")[0] or "an allocation was refused"
-            print(f"error: not enough memory ({reason}): free some, or ask for less at once", file=sys.stderr)
+            say(f"error: not enough memory ({reason}): free some, or ask for less at once", err=True)
             sys.exit(MachineError.exit_code)
 
     return run

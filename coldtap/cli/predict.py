@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from coldtap.cli.options import Device, FinishedRun, RunAdaptor
+from coldtap.cli.output import say
+from coldtap.text import csv_cell
 
 
 def predict(
@@ -76,9 +78,9 @@ def predict(
                 total += 1
                 right += predictor.is_right(result.labels[0], listing, index)
     if total:
-        print(f"top-1 {right / total:.4f} on {total} labelled images", file=sys.stderr)
+        say(f"top-1 {right / total:.4f} on {total} labelled images", err=True)
     if bad:
-        print(f"{bad} images could not be used; their lines say why", file=sys.stderr)
+        say(f"{bad} images could not be used; their lines say why", err=True)
 
 
 @contextmanager
@@ -91,4 +93,5 @@ def _writer(out: Path | None) -> Iterator[Callable[[list[Any]], Any]]:
     except OSError as error:
         raise MachineError(f"cannot write {out}: {error.strerror}; give another --out") from error
     with place as file:
-        yield csv.writer(file, lineterminator="\n").writerow
+        writer = csv.writer(file, lineterminator="\n")
+        yield lambda cells: writer.writerow([csv_cell(str(cell)) for cell in cells])

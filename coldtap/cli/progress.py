@@ -1,6 +1,5 @@
 """What long work shows: a bar on a terminal, a plain line every ten seconds elsewhere; all on stderr."""
 
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +11,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from coldtap.cli.epoch_lines import EpochLines
 from coldtap.cli.errors import in_flags
+from coldtap.cli.output import say
 from coldtap.stores.writing.forecast import Forecast
-from coldtap.text import show_bytes, show_seconds
+from coldtap.text import printable, show_bytes, show_seconds
 
 PLAIN_LINE_EVERY_S = 10.0
 
@@ -43,7 +43,7 @@ class WorkProgress:
 
     def note(self, text: str) -> None:
         """Print a sentence."""
-        self._console.print(in_flags(text), markup=False)
+        self._console.print(printable(in_flags(text)), markup=False)
 
     def start(self, total: int, show: Show, *, last_line: bool = True) -> None:
         """Start the bar.
@@ -73,7 +73,7 @@ class WorkProgress:
             elif now - self._last >= PLAIN_LINE_EVERY_S or (self._last_line and self._done == self._total):
                 self._last = now
                 left = show_seconds((self._total - self._done) / max(rate, 1e-9))
-                print(f"{text}  {left} left", file=sys.stderr, flush=True)
+                say(f"{text}  {left} left", err=True)
 
 
 class JobProgress(WorkProgress):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from coldtap.cli import options as shared
+from coldtap.cli.output import say
 from coldtap.text import show_bytes
 
 
@@ -82,8 +83,8 @@ def quantize(
         print(json.dumps({**asdict(report), "path": str(report.path)}, indent=1))
         return
     if report.fits:
-        print(site_table(report.fits))
-    print(
+        say(*site_table(report.fits).splitlines())
+    say(
         f"{report.path}: {report.n_layers} layers in {scheme}, {show_bytes(report.n_bytes)} (float32: "
         f"{show_bytes(report.float_bytes)}); digest {report.digest}"
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from coldtap.cli.output import say
 from coldtap.errors import ColdtapError, OptionError
 from coldtap.text import show_bytes
 
@@ -40,7 +41,7 @@ def report(
     data = page.encode()
     write_file(out, [data])
     more = f", {len(found.unfinished)} not finished" if found.unfinished else ""
-    print(f"{out}: {len(found.runs)} finished runs{more}; {show_bytes(len(data))}")
+    say(f"{out}: {len(found.runs)} finished runs{more}; {show_bytes(len(data))}")
 
 
 def _thumbnails(store: "StoreReport", source: Path | None) -> "Thumbnails":

@@ -9,6 +9,7 @@ import typer
 
 from coldtap.cli import options as shared
 from coldtap.cli.epoch_lines import EpochLines
+from coldtap.cli.output import say
 from coldtap.stores.writing.stopping import sigterm_interrupts
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def train_adaptor(
 
     if settings == ["help"]:
         defaults = option_defaults(adaptor_kind(adaptor).options)
-        print("\n".join(f"{name}={value}" for name, value in defaults.items()))
+        say(*(f"{name}={value}" for name, value in defaults.items()))
         return
     training = TrainingOptions(
         epochs=epochs,
@@ -134,9 +135,9 @@ def _print_run(result: "RunResult", adaptor: str, as_json: bool) -> None:
         print(json.dumps({"run": str(result.path), "finished_before": result.was_finished, **info.to_dict()}, indent=1))
         return
     if result.was_finished:
-        print(f"{result.path} is finished already; nothing to do")
+        say(f"{result.path} is finished already; nothing to do")
     scores = ", ".join(f"{split} {metrics.score:.4f}" for split, metrics in info.metrics.items())
-    print(
+    say(
         f"{result.path}: {adaptor}, {info.parameters} parameters, epoch {info.best_epoch} of {info.settings.epochs}: "
         f"{info.metric} {scores}"
     )
@@ -149,9 +150,9 @@ def _print_trials(trials: "Trials", adaptor: str, as_json: bool) -> None:
         return
     from coldtap.adaptors import trials_table
 
-    print(trials_table(trials))
+    say(*trials_table(trials).splitlines())
     best = _named(trials.chosen[0].setting.varied)
-    print(f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {best}")
+    say(f"{trials.path}: {len(trials.results)} trials of {adaptor}; chosen on val: {best}")
 
 
 def _trials_json(trials: "Trials", chosen: set[str]) -> list[dict[str, Any]]:
@@ -178,7 +179,7 @@ def _print_protocol(result: "ProtocolResult", adaptor: str, protocol: str, out: 
         print(json.dumps({**fields, "runs": [str(run) for run in result.runs]}, indent=1))
         return
     mean, deviation = mean_and_deviation(result.test)
-    print(
+    say(
         f"{out}: {adaptor} by protocol {protocol}: test {result.metric} {mean:.4f} ± {deviation:.4f} over "
         f"{len(result.test)} seeds; chosen on val ({mean_and_deviation(result.val)[0]:.4f}): {_named(result.setting)}"
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from coldtap.cli.options import AsJson, CompleteStore
+from coldtap.cli.output import say
 from coldtap.text import show_bytes
 
 
@@ -44,9 +45,9 @@ def verify(
         print(json.dumps({**about, "rows": result.n_rows, "problems": found}, indent=1))
     else:
         for problem in problems:
-            print(f"{problem.where}: {problem.what}")
+            say(f"{problem.where}: {problem.what}")
         checked = f"{result.n_files} files, {show_bytes(result.n_bytes)}, {result.n_rows} rows"
         verdict = f"{len(problems)} problems" if problems else "nothing wrong"
-        print(f"{store}: {checked} checked{' against its source too' if source else ''}: {verdict}")
+        say(f"{store}: {checked} checked{' against its source too' if source else ''}: {verdict}")
     if problems:
         raise typer.Exit(1)

@@ -18,7 +18,13 @@ from coldtap.stores import open_store
 from coldtap.stores.format.arrays import plan_arrays
 
 # What the measured processes import: here once, in the process that all of them are forked from.
-IMPORTED = ["coldtap.adaptors.training.train", "coldtap.pipeline.job", "benchmarks.extraction"]
+IMPORTED = [
+    "coldtap.adaptors.training.train",
+    "coldtap.pipeline.job",
+    "coldtap.pipeline.run.extraction",
+    "coldtap.pipeline.quantisation.quantize",
+    "benchmarks.extraction",
+]
 
 
 @pytest.fixture

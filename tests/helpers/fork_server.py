@@ -102,8 +102,12 @@ class ForkServer:
 
 
 def _serve() -> None:
+    # Imported once, for all children: what the commands import when they run, torch and timm with it.
+    import coldtap.adaptors.training.train
     import coldtap.cli.main
-    import coldtap.pipeline.job  # noqa: F401 # imported once, for all children
+    import coldtap.pipeline.job
+    import coldtap.pipeline.quantisation.quantize
+    import coldtap.pipeline.run.extraction  # noqa: F401
 
     running = set()
     for line in sys.stdin:

@@ -4,6 +4,7 @@ import csv
 import io
 
 from coldtap.adaptors.results.table import Cell, ResultTable, Score
+from coldtap.text import csv_cell
 
 # `seconds` alone is a time: all other columns are the same after an interruption and in a second run.
 COLUMNS = (
@@ -25,7 +26,9 @@ COLUMNS = (
 def table_csv(table: ResultTable) -> str:
     """Return a line a cell: scores in percent, those of test and val one a seed with blanks between."""
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *map(_line, table.in_order())])
+    csv.writer(text, lineterminator="\n").writerows(
+        map(csv_cell, line) for line in (COLUMNS, *map(_line, table.in_order()))
+    )
     return text.getvalue()
 
 

@@ -21,7 +21,7 @@ from coldtap.errors import RunError
 from coldtap.stores import Store, open_store
 from coldtap.stores.storage.address import Place, place_of, storage_at
 from coldtap.stores.storage.contract import Storage
-from coldtap.text import text_table
+from coldtap.text import csv_cell, text_table
 
 TABLE = "trials.csv"
 PICTURE = "trials.png"
@@ -179,7 +179,7 @@ def table_csv(results: Sequence[TrialResult], chosen: Sequence[int]) -> bytes:
     """Return the table of trials as CSV."""
     text = io.StringIO()
     header, lines = table_rows(results, chosen)
-    csv.writer(text, lineterminator="\n").writerows([header, *lines])
+    csv.writer(text, lineterminator="\n").writerows([map(csv_cell, line) for line in (header, *lines)])
     return text.getvalue().encode()
 
 

@@ -750,7 +750,7 @@ def test_what_is_no_artefact_is_refused(tmp_path):
             load_backbone(quantised=tmp_path / name)
     with pytest.raises(ModelError, match="no such file; `coldtap quantize` makes one"):
         load_backbone(quantised=tmp_path / "nothing")
-    with pytest.raises(ModelError, match="cannot be read: Is a directory"):
+    with pytest.raises(ModelError, match="is not a regular file: give a file of `coldtap quantize`"):
         load_backbone(quantised=tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ModelError, match="is no artefact of `coldtap quantize`"):

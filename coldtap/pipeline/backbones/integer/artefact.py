@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from coldtap.errors import ModelError
+from coldtap.errors import CorruptStoreError, ModelError
 from coldtap.pipeline.backbones.integer.layers import QuantisedLayer, quantised_layers
 from coldtap.pipeline.backbones.integer.linear_compensation import LinearCompensation, add_to_block
 from coldtap.pipeline.backbones.integer.packing import pack, unpack
@@ -146,6 +146,8 @@ def read_artefact(path: Path) -> Artefact:
         raise ModelError(f"{path}: no such file; `coldtap quantize` makes one") from None
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror}") from error
+    except CorruptStoreError as error:
+        raise ModelError(f"{error}: give a file of `coldtap quantize`") from error
     try:
         tensors = load_tensors(data)
         said = parse_json(safetensors_header(data)["__metadata__"][KEY])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any
 
+from coldtap.text import csv_cell
+
 
 @dataclass(frozen=True, slots=True)
 class Spread:
@@ -119,7 +121,9 @@ class Diagnosis:
         for part, of_part in (("site", self.sites), ("block", self.blocks), ("tap", self.taps)):
             for line in of_part:
                 for name, spread in _spreads(line):
-                    writer.writerow([part, line.name, name, spread.mean, spread.lowest, spread.highest, *spread.values])
+                    writer.writerow(
+                        [part, csv_cell(line.name), name, spread.mean, spread.lowest, spread.highest, *spread.values]
+                    )
         return text.getvalue()
 
 
