@@ -34,7 +34,7 @@ class Conversion:
         source: the old store; it reads in the thread that asks.
         writer: the new store in the making.
         buffers: of blocks that are written, for the next ones.
-        same_codes: codes are copied with their scales, not made again.
+        same_numbers: stored numbers are copied with their scales, not made again.
         environment: for the journal.
         advance: called with the rows of each block that is done.
         stop: set when the work must end; blocks at hand are then dropped.
@@ -43,7 +43,7 @@ class Conversion:
     source: Store
     writer: StoreWriter
     buffers: SpareBuffers
-    same_codes: bool
+    same_numbers: bool
     environment: Mapping[str, Any]
     advance: Callable[[int], None] = lambda n_rows: None
     stop: threading.Event = field(default_factory=threading.Event)
@@ -65,7 +65,7 @@ def convert_block(job: Conversion, block: int) -> JournalLine:
         for rows in _pieces(origin.rows, buffer):
             if job.stop.is_set():
                 raise InterruptedRunError("stopped")
-            for row, reason, tap in fill(job.source.arrays[name], buffer, rows, first, job.same_codes):
+            for row, reason, tap in fill(job.source.arrays[name], buffer, rows, first, job.same_numbers):
                 number = row + origin.shift
                 flaws.setdefault(number, Rejection(row=number, reason=reason, tap=tap))
     line = _write(job, block, buffers, origin, flaws)
@@ -96,7 +96,7 @@ def _pieces(rows: Rows, buffer: ArrayBuffer) -> Iterator[Rows]:
 
 
 def fill(
-    array: StoredArray, buffer: ArrayBuffer, rows: Rows, first: int, same_codes: bool
+    array: StoredArray, buffer: ArrayBuffer, rows: Rows, first: int, same_numbers: bool
 ) -> list[tuple[int, str, int]]:
     """Put rows of an array into the buffer of its conversion.
 
@@ -105,13 +105,13 @@ def fill(
         buffer: of the new one.
         rows: numbers in the old store, ascending and consecutive.
         first: the old number of the row that stands first in the buffer.
-        same_codes: copy the codes.
+        same_numbers: copy the codes.
 
     Returns:
         Rows that cannot be kept, the reason and the tap.
     """
     places = (rows - first).tolist()
-    if same_codes and array.spec.kept_as.is_coded:
+    if same_numbers and array.spec.kept_as.is_coded:
         buffer.put_codes(read_codes(array, rows), places)
         return []
     values = read_values(array, rows)

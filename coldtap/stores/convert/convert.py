@@ -1,5 +1,6 @@
 """Converting a store to another tier or layout, without the backbone.
 
+A store of an older format becomes one of this format in the same way, in its own tier if that is asked for.
 Extractor and rows of the recipe stay, so an adaptor cannot tell a converted store from one that was extracted into
 that tier. From float32 the two have the same address; of what was less exact before, the recipe says so (`from`).
 Blocks are written as extraction writes them: a conversion that died anywhere goes on and ends in the same bytes.
@@ -23,6 +24,7 @@ from coldtap.stores.format.codes import ErrorBound, describe_bound
 from coldtap.stores.format.compensation import compensation_file
 from coldtap.stores.format.encoding import Encoding
 from coldtap.stores.format.encoding_part import EncodingPart
+from coldtap.stores.format.features import FORMAT, WRITTEN
 from coldtap.stores.format.targets import targets_name
 from coldtap.stores.format.tiers import TIERS, Layout, TierName
 from coldtap.stores.reading.store import Store, open_store
@@ -109,33 +111,34 @@ def convert_store(
     found = Found.look(storage)
     if found.is_complete_for(plan.recipe, plan.source):
         return plan.report(storage)
-    if _how_kept(plan.recipe.encoding) == _how_kept(plan.source.recipe.encoding):
+    old = plan.source.recipe
+    if _how_kept(plan.recipe.encoding) == _how_kept(old.encoding) and plan.recipe.requires == old.requires:
         raise OptionError(f"{store} is of tier {tier} in layout {plan.encoding.layout} already: copy the folder")
     return plan.report(storage, write_store(found, plan, reporter or Silence(), dry_run=dry_run))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _ToOtherTier(Making):
-    """A planned conversion; with `same_codes`, codes and scales are copied."""
+    """A planned conversion; with `same_numbers`, stored numbers are copied, and scales and exponents with them."""
 
     source: Store
     encoding: Encoding
-    same_codes: bool
+    same_numbers: bool
 
     def calibrate(self, storage: Storage) -> Calibration:
-        """Convert the first rows; copied codes have the errors that they had."""
+        """Convert the first rows; copied numbers have the errors that they had."""
         kept = stored_numbers(storage, self.specs)
-        if kept is None and self.same_codes:
+        if kept is None and self.same_numbers:
             kept = {name: array.numbers for name, array in self.source.arrays.items()}
-        found = try_first_rows(self.source, self.specs, self.encoding.bound, kept, same_codes=self.same_codes)
-        return replace(found, errors=self.source.recorded.get("errors", {})) if self.same_codes else found
+        found = try_first_rows(self.source, self.specs, self.encoding.bound, kept, same_numbers=self.same_numbers)
+        return replace(found, errors=self.source.recorded.get("errors", {})) if self.same_numbers else found
 
     def make(self, writer: StoreWriter, todo: Sequence[int], reporter: Reporter, stop: threading.Event) -> None:
         job = Conversion(
             source=self.source,
             writer=writer,
             buffers=SpareBuffers(writer.new_buffers),
-            same_codes=self.same_codes,
+            same_numbers=self.same_numbers,
             environment={"converted_from": self.source.digest, "coldtap": __version__, "numpy": np.__version__},
             advance=reporter.advance,
             stop=stop,
@@ -172,11 +175,11 @@ class _ToOtherTier(Making):
             n_rows=n_rows,
             n_rejected=self.rows.n_planned - n_rows,
             n_overflown=self.source.n_rows - n_rows,
-            exact=self.same_codes,
-            added_errors={} if self.same_codes else {spec.name: _by_tap(spec, errors) for spec in self.specs},
+            exact=self.same_numbers,
+            added_errors={} if self.same_numbers else {spec.name: _by_tap(spec, errors) for spec in self.specs},
             bound=describe_bound(after) if TIERS[self.encoding.tier].is_coded else None,
             source_bound=describe_bound(before) if coded else None,
-            together=_together(before, after) if coded and not self.same_codes else None,
+            together=_together(before, after) if coded and not self.same_numbers else None,
             forecast=ended.ahead if ended else None,
         )
 
@@ -189,19 +192,20 @@ def _plan(source: Store, tier: TierName, layout: Layout | None, bound: ErrorBoun
     encoding, old = Encoding.choose(tier, layout, bound), source.recipe.encoding
     specs = plan_arrays(source.recipe.extractor.geometries, old.gathers, tier, encoding.layout)
     asked = encoding.to_recipe(old.gathers, specs)
-    # Codes without a new bound keep their own, with whatever rule set their scales.
-    same_codes = old.tier == tier and TIERS[tier].is_coded and (bound is None or old.scales == asked.scales)
-    scales = old.scales if same_codes else asked.scales
-    asked = replace(asked, scales=scales, origin=_lineage(old, same_codes=same_codes))
+    # Numbers of the same tier go into a newer format as they are; codes without a new bound keep their own, with
+    # whatever rule set their scales.
+    same_numbers = old.tier == tier and (bound is None or old.scales == asked.scales)
+    scales = old.scales if same_numbers else asked.scales
+    asked = replace(asked, scales=scales, origin=_lineage(old, same_numbers=same_numbers))
     return _ToOtherTier(
-        recipe=replace(source.recipe, encoding=asked),
+        recipe=replace(source.recipe, encoding=asked, format=FORMAT, requires=WRITTEN),
         specs=specs,
         rows=row_plan(source, specs[0].block_rows),
         norm=source.norm,
         recorded=_recorded(source),
         source=source,
         encoding=encoding,
-        same_codes=same_codes,
+        same_numbers=same_numbers,
     )
 
 
@@ -214,12 +218,12 @@ def _recorded(source: Store) -> dict[str, Any]:
     return {**kept, "converted_from": {**origin, **_how_kept(recipe.encoding), **earlier}}
 
 
-def _lineage(old: EncodingPart, *, same_codes: bool) -> Mapping[str, Any] | None:
+def _lineage(old: EncodingPart, *, same_numbers: bool) -> Mapping[str, Any] | None:
     """What a new recipe says of the old store, where that had lost something already.
 
     Features that were codes once must never pass for features that were kept exactly: they get an address of their own.
     """
-    if same_codes:
+    if same_numbers:
         return old.origin
     if TIERS[old.tier].is_exact and old.origin is None:
         return None

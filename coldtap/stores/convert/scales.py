@@ -34,7 +34,7 @@ def try_first_rows(
     bound: ErrorBound | None,
     kept: Mapping[str, Numbers] | None,
     *,
-    same_codes: bool,
+    same_numbers: bool,
 ) -> Calibration:
     """Fix the scales by the rule of extraction, and convert a few rows without writing them.
 
@@ -43,14 +43,14 @@ def try_first_rows(
         specs: the arrays of the new one.
         bound: of its codes.
         kept: the numbers that are used already, by the old store or by an earlier call; None to choose them.
-        same_codes: copy the codes.
+        same_numbers: copy the stored numbers.
     """
     numbers, errors = (dict(kept), {}) if kept else _calibrate(source, specs, bound)
     rows = _consecutive(first_rows(source, COMPRESSED_ROWS))
     compressed, began = {}, time.perf_counter()
     for spec in specs:
         array, buffer = source.arrays[spec.name], _small_buffer(spec, numbers[spec.name], len(rows))
-        overflown = fill(array, buffer, rows, int(rows[0]), same_codes)
+        overflown = fill(array, buffer, rows, int(rows[0]), same_numbers)
         sealed = buffer.shard.seal(np.ones(len(rows), bool))
         if spec.layout == "compact":
             n_frames = sealed.pieces[0].nbytes - len(rows) * spec.chunks_per_row * CRC_BYTES

@@ -11,18 +11,17 @@ from typing import Any
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.canonical import parse_json, readable_json
 from coldtap.stores.format.fields import require_types
+from coldtap.stores.format.manifest import FEATURES
 
 JOURNAL = "journal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ShardRecord:
-    """A written file of numbers: bytes and SHA-256; of a shard also the bytes and SHA-256 of each tap's chunks."""
+class WrittenFile:
+    """A file of a block."""
 
     n_bytes: int
     sha256: str
-    tap_bytes: tuple[int, ...] = ()
-    tap_sha256: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +37,12 @@ class Rejection:
 class JournalLine:
     """What one finished block holds.
 
-    `shards`, lists of escapes among them, are by path under `features.zarr`; `source_sha256` by row number;
-    `ranges` are the smallest and
-    largest value of each tap of each array in this block; `environment` is where it ran.
+    `files` (shards, lists of digests, escapes) are by path under the store; `source_sha256` is by row number; `ranges`
+    are the smallest and largest value of each tap of each array in this block; `environment` is where it ran.
     """
 
     block: int
-    shards: Mapping[str, ShardRecord]
+    files: Mapping[str, WrittenFile]
     rejected: tuple[Rejection, ...]
     source_sha256: Mapping[int, str]
     ranges: Mapping[str, list[list[float]]]
@@ -57,21 +55,25 @@ class JournalLine:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "JournalLine":
         """Parse what `to_dict` gave; anything else is a TypeError, KeyError or ValueError."""
-        shards = {
-            name: ShardRecord(
-                **{**shard, "tap_bytes": tuple(shard["tap_bytes"]), "tap_sha256": tuple(shard["tap_sha256"])}
-            )
-            for name, shard in record["shards"].items()
-        }
+        fields = {**record}
+        files = fields.pop("files") if "shards" not in fields else _files_of_format_1(fields.pop("shards"))
         line = cls(
             **{
-                **record,
-                "shards": shards,
+                **fields,
+                "files": {name: WrittenFile(**file) for name, file in files.items()},
                 "rejected": tuple(Rejection(**rejection) for rejection in record["rejected"]),
                 "source_sha256": {int(row): digest for row, digest in record["source_sha256"].items()},
             }
         )
         return require_types(line)
+
+
+def _files_of_format_1(shards: Mapping[str, Any]) -> dict[str, Any]:
+    """By path under `features.zarr`; of a shard, also bytes and SHA-256 of each tap's chunks."""
+    return {
+        f"{FEATURES}/{name}": {key: shard[key] for key in shard if key not in ("tap_bytes", "tap_sha256")}
+        for name, shard in shards.items()
+    }
 
 
 def journal_name(block: int) -> str:

@@ -5,7 +5,7 @@ kept. What a run finds out (scales, ranges, library versions) is recorded beside
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,19 +14,27 @@ from coldtap.stores.format.arrays import ArraySpec, plan_arrays
 from coldtap.stores.format.canonical import canonical_json, digest_of
 from coldtap.stores.format.encoding_part import EncodingPart
 from coldtap.stores.format.extractor import ExtractorPart
+from coldtap.stores.format.features import FORMAT, KNOWN, READABLE, WRITTEN
 from coldtap.stores.format.rows_part import RowsPart
 
-FORMAT = 1
+ADDRESS_FORMAT = 1  # for ever: an equal request has an equal address, whatever the format of its store
 PARTS = ("extractor", "rows", "encoding")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Three parts; the address is the hash of their digests."""
+    """Three parts; the address is the hash of their digests.
+
+    Attributes:
+        format: of the store, which says how the answer is kept and is no part of what was asked.
+        requires: names of the format's features that the store is made with (`features.py`).
+    """
 
     extractor: ExtractorPart
     rows: RowsPart
     encoding: EncodingPart
+    format: int = FORMAT
+    requires: tuple[str, ...] = WRITTEN
 
     @property
     def parts(self) -> dict[str, dict[str, Any]]:
@@ -49,26 +57,23 @@ class Recipe:
 
     @property
     def address(self) -> str:
-        """SHA-256 over the format's number and the three digests: the name of what was asked."""
+        """SHA-256 over the three digests: the name of what was asked."""
         return _address(self.digests)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parts with their digests and the address, as `recipe.json` keeps them; keys sorted throughout."""
-        return signed_record(self.parts)
+        return signed_record(self.parts, store_format=self.format, requires=self.requires)
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any], *, where: str) -> "Recipe":
         """Parse what `to_dict` gave.
 
         Raises:
-            CorruptStoreError: another format, a missing or unknown key, digests that do not match, or a field that is
-                missing or of another form.
+            CorruptStoreError: another format or feature, a missing or unknown key, digests that do not match, or a
+                field that is missing or of another form.
         """
-        known = {"format", "address", "digests", "recorded", *PARTS}
-        if record.get("format") != FORMAT:
-            raise CorruptStoreError(
-                f"{where} is of store format {record.get('format')!r}; this coldtap reads format {FORMAT}"
-            )
+        store_format, requires = _format_of(record, where)
+        known = {"format", "address", "digests", "recorded", *PARTS} | ({"requires"} if store_format > 1 else set())
         if unknown := sorted(set(record) - known):
             raise CorruptStoreError(f"{where} has unknown keys {unknown}; known are {sorted(known)}")
         if missing := sorted((known - {"recorded"}) - set(record)):
@@ -77,7 +82,8 @@ class Recipe:
             if not isinstance(record[part], dict):
                 raise CorruptStoreError(f"{where}: {part!r} is not a JSON object")
         _require_digests(record, where)
-        return cls.from_parts({part: record[part] for part in PARTS}, where=where)
+        recipe = cls.from_parts({part: record[part] for part in PARTS}, where=where)
+        return replace(recipe, format=store_format, requires=requires)
 
     @classmethod
     def from_parts(cls, parts: Mapping[str, Any], *, where: str) -> "Recipe":
@@ -108,17 +114,39 @@ class Recipe:
         return tuple(replace(spec, block_rows=encoding.block_rows) for spec in specs)
 
 
-def signed_record(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _format_of(record: Mapping[str, Any], where: str) -> tuple[int, tuple[str, ...]]:
+    """The format of a store and the features that reading it requires, all of which this coldtap knows."""
+    store_format, requires = record.get("format"), record.get("requires", [])
+    if type(store_format) is not int or store_format not in READABLE:
+        raise CorruptStoreError(
+            f"{where} is of store format {store_format!r}; this coldtap reads formats "
+            f"{' and '.join(map(str, READABLE))}: read it with a newer coldtap"
+        )
+    if not isinstance(requires, list) or not all(isinstance(name, str) for name in requires):
+        raise CorruptStoreError(f"{where}: `requires` is not a list of names of features")
+    if unknown := sorted(set(requires) - KNOWN):
+        raise CorruptStoreError(
+            f"{where}: reading this store requires {', '.join(map(repr, unknown))}, which this coldtap does not know "
+            f"(it knows {', '.join(sorted(KNOWN))}): read it with a newer coldtap"
+        )
+    return store_format, tuple(requires)
+
+
+def signed_record(
+    parts: Mapping[str, Mapping[str, Any]], *, store_format: int = FORMAT, requires: Sequence[str] = WRITTEN
+) -> dict[str, Any]:
     """Return the JSON of three parts with their digests and the address; keys sorted on every level."""
     digests = {part: digest_of(parts[part]) for part in PARTS}
-    whole = {"format": FORMAT, "address": _address(digests), "digests": digests, **parts}
+    whole = {"format": store_format, "address": _address(digests), "digests": digests, **parts}
+    if store_format > 1:
+        whole["requires"] = list(requires)
     # A recipe that was read and one that was made then leave the same bytes in the root group's attributes.
     sorted_keys: dict[str, Any] = json.loads(canonical_json(whole))
     return sorted_keys
 
 
 def _address(digests: Mapping[str, str]) -> str:
-    return digest_of({"format": FORMAT, **digests})
+    return digest_of({"format": ADDRESS_FORMAT, **digests})
 
 
 def _require_digests(record: Mapping[str, Any], where: str) -> None:

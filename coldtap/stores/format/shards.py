@@ -6,13 +6,13 @@ for byte. Lexicographic order makes the taps of a row one contiguous run.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.chunk_digests import digest_list
 from coldtap.stores.format.chunks import CRC_BYTES, checksum, compress
 
 ENTRY_BYTES = 16
@@ -31,11 +31,11 @@ class Digest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealedShard:
-    """A finished shard: its bytes in order, their digest, and a digest a tap (over that tap's chunks)."""
+    """A finished shard: its bytes in order, their digest, and the list of its chunks' digests."""
 
     pieces: tuple[memoryview, ...]
     whole: Digest
-    taps: tuple[Digest, ...]
+    digests: bytes
 
 
 class ShardBuffer:
@@ -57,37 +57,37 @@ class ShardBuffer:
         """
         raw = self._raw if present.all() else self._raw[present]
         if self.spec.layout == "fast":
-            data, lengths, taps = _checked(raw)
+            data, lengths, digests = _checked(raw, present)
         else:
-            data, lengths, taps = _compressed(raw)
+            data, lengths, digests = _compressed(raw, present)
         index = _index(present, lengths)
         whole = hashlib.sha256(data)
         whole.update(index)
         return SealedShard(
             pieces=(data, memoryview(index)),
             whole=Digest(n_bytes=data.nbytes + len(index), sha256=whole.hexdigest()),
-            taps=taps,
+            digests=digests,
         )
 
 
-type _Chunks = tuple[memoryview, np.ndarray[Any, np.dtype[np.uint64]], tuple[Digest, ...]]
+type _Chunks = tuple[memoryview, np.ndarray[Any, np.dtype[np.uint64]], bytes]
 
 
-def _checked(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> _Chunks:
+def _checked(raw: np.ndarray[Any, np.dtype[np.uint8]], present: Mask) -> _Chunks:
     """Chunks whose checksums are put into the room that was left for them: bytes, lengths (row, chunk), digests."""
     for row in raw:
         for chunk in row:
             chunk[-CRC_BYTES:] = np.frombuffer(checksum(chunk[:-CRC_BYTES]), np.uint8)
-    return memoryview(raw).cast("B"), np.full(raw.shape[:2], raw.shape[2], np.uint64), tap_digests(raw)
+    return memoryview(raw).cast("B"), np.full(raw.shape[:2], raw.shape[2], np.uint64), digest_list(present, raw)
 
 
-def _compressed(raw: np.ndarray[Any, np.dtype[np.uint8]]) -> _Chunks:
+def _compressed(raw: np.ndarray[Any, np.dtype[np.uint8]], present: Mask) -> _Chunks:
     rows = []
     for row in raw:
         frames = [compress(chunk) for chunk in row]
         rows.append([frame + checksum(frame) for frame in frames])
     lengths = np.array([[len(chunk) for chunk in row] for row in rows], np.uint64).reshape(raw.shape[:2])
-    return memoryview(b"".join(chunk for row in rows for chunk in row)), lengths, tap_digests(rows)
+    return memoryview(b"".join(chunk for row in rows for chunk in row)), lengths, digest_list(present, rows)
 
 
 def _index(present: Mask, lengths: np.ndarray[Any, np.dtype[np.uint64]]) -> bytes:
@@ -98,18 +98,3 @@ def _index(present: Mask, lengths: np.ndarray[Any, np.dtype[np.uint64]]) -> byte
     entries[present, :, 1] = lengths
     data = entries.tobytes()
     return bytes(data) + checksum(data)
-
-
-def tap_digests(chunks: Sequence[Sequence[Any]] | np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[Digest, ...]:
-    """Digest of each tap's stored chunks in row order.
-
-    Args:
-        chunks: bytes by row and tap; at least one row.
-    """
-    digests = [hashlib.sha256() for _ in chunks[0]]
-    n_bytes = [0] * len(digests)
-    for row in chunks:
-        for tap, chunk in enumerate(row):
-            digests[tap].update(chunk)
-            n_bytes[tap] += len(chunk)
-    return tuple(Digest(n_bytes=n, sha256=digest.hexdigest()) for n, digest in zip(n_bytes, digests, strict=True))

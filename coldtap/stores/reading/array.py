@@ -18,7 +18,6 @@ from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.lazy import lazy_rows
 from coldtap.stores.reading.row_index import RowIndex
 from coldtap.stores.reading.shard_files import ShardFile, ShardFiles
-from coldtap.stores.reading.stored_numbers import Read
 from coldtap.stores.storage.threads import Threads
 
 if TYPE_CHECKING:
@@ -50,6 +49,7 @@ class StoredArray:
         spec: gather, geometry, taps, tier, layout.
         n_rows: rows of the array, absent ones included.
         numbers: what turns stored numbers into values.
+        escapes: what the codes do not hold; None outside int8.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class StoredArray:
         numbers: Numbers,
         files: ShardFiles,
         threads: Threads,
-        read: Read,
-        features: str,
+        escapes: EscapeReader | None,
+        where: str,
         index: RowIndex,
         origin: tuple[Any, ...],
     ) -> None:
@@ -72,17 +72,17 @@ class StoredArray:
             numbers: what turns stored numbers into values.
             files: its shards and those of the store's other arrays.
             threads: that read and decode.
-            read: gives the small files below `features.zarr` that the manifest lists.
-            features: where that lies, for errors.
+            escapes: what its codes do not hold; None outside int8.
+            where: it lies, for errors.
             index: which rows are there.
             origin: how another process gets this array, as `__reduce__` says it.
         """
         self.spec, self.n_rows, self.numbers = spec, n_rows, numbers
         self._gathered_as = spec.gathered_as
         self._files, self._threads = files, threads
-        self._where = f"{features}/{spec.name}"
+        self._where = where
         self._index, self._origin = index, origin
-        self._escapes = EscapeReader(spec, read, features) if spec.kept_as.is_coded else None
+        self.escapes = escapes
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Another process opens the store itself."""
@@ -293,7 +293,7 @@ class StoredArray:
             out[at] = whole[:, places]
 
     def _outlying(self, wanted: Rows, places: list[int]) -> OutlyingValues:
-        parts = [*self._escaped(wanted, places)] if self._escapes and not self._escapes.is_empty else []
+        parts = [*self._escaped(self.escapes, wanted, places)] if self.escapes else []
         if not parts:
             return OutlyingValues(position=np.empty(0, np.int64), value=np.empty(0, np.float32))
         return OutlyingValues(
@@ -301,12 +301,13 @@ class StoredArray:
             value=np.concatenate([value for _, value in parts]),
         )
 
-    def _escaped(self, wanted: Rows, places: list[int]) -> Iterator[tuple[Rows, np.ndarray[Any, Any]]]:
-        assert self._escapes is not None
+    def _escaped(
+        self, escapes: EscapeReader, wanted: Rows, places: list[int]
+    ) -> Iterator[tuple[Rows, np.ndarray[Any, Any]]]:
         blocks, rows = np.divmod(wanted, self.spec.block_rows)
         tap_values = self.geometry.tokens * self.geometry.channels
         for block in np.unique(blocks).tolist():
-            found = self._escapes.of_block(block)
+            found = escapes.of_block(block)
             if not len(found.value):
                 continue
             at = np.flatnonzero(blocks == block)

@@ -7,10 +7,10 @@ import numpy as np
 
 from coldtap.errors import StoreError
 from coldtap.stores.format.codes import describe_bound
+from coldtap.stores.format.escape_segments import escapes_folder
 from coldtap.stores.format.journal import JOURNAL
 from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.recipe import PARTS
-from coldtap.stores.reading.escape_reader import EscapeReader
 from coldtap.stores.reading.journal_lines import read_line
 from coldtap.stores.reading.manifest_files import is_complete
 from coldtap.stores.reading.recipe_file import read_recipe
@@ -116,7 +116,8 @@ def _codes(store: Store, name: str, n_bytes: int) -> dict[str, Any]:
     array = store.arrays[name]
     n_values = store.n_rows * prod(array.row_shape)
     escapes = _count_escapes(store, name)
-    beside = sum(_bytes_below(store, f"{folder}/{name}") for folder in ("escapes", "scales"))
+    of_format_1 = _bytes_below(store, f"escapes/{name}")
+    beside = of_format_1 + _bytes_below(store, f"scales/{name}") + store.storage.occupied_bytes(escapes_folder(name))
     return {
         "bound": describe_bound(store.recipe.encoding.scales),
         "n_bytes_beside": beside,
@@ -134,15 +135,10 @@ def _bytes_below(store: Store, folder: str) -> int:
 def _count_escapes(store: Store, name: str) -> list[int]:
     """Escapes of each tap over all blocks."""
     array = store.arrays[name]
-
-    def read(key: str) -> bytes | None:
-        file = f"{FEATURES}/{key}"
-        return store.read_file(file) if store.manifest.find(file) else None
-
-    reader = EscapeReader(array.spec, read, store.storage.describe(FEATURES))
+    assert array.escapes is not None
     counts = np.zeros(len(array.taps), np.int64)
     for block in range(array.n_rows // array.spec.block_rows):
-        counts += np.bincount(reader.of_block(block).place, minlength=len(counts))
+        counts += np.bincount(array.escapes.of_block(block).place, minlength=len(counts))
     return [int(n) for n in counts]
 
 

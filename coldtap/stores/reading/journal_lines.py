@@ -1,7 +1,6 @@
 """Reading the journal, and from it which blocks are there."""
 
 from coldtap.stores.format.journal import JournalLine, journal_name, parse_line
-from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 
@@ -21,7 +20,7 @@ def read_line(place: Place, block: int) -> JournalLine | None:
 
 
 def finished_blocks(storage: Storage, n_blocks: int) -> list[int]:
-    """Return the blocks that have a journal line and every shard of it, of the size that the line says."""
+    """Return the blocks that have a journal line and every file of it, of the size that the line says."""
     return [block for block in range(n_blocks) if _is_finished(storage, block)]
 
 
@@ -29,5 +28,5 @@ def _is_finished(storage: Storage, block: int) -> bool:
     line = read_line(storage, block)
     if line is None:
         return False
-    found = ((storage.stat(f"{FEATURES}/{name}"), shard) for name, shard in line.shards.items())
-    return all(there is not None and there.n_bytes == shard.n_bytes for there, shard in found)
+    found = ((storage.stat(name), file) for name, file in line.files.items())
+    return all(there is not None and there.n_bytes == file.n_bytes for there, file in found)

@@ -28,6 +28,7 @@ from coldtap.stores.format.chunks import (
 )
 from coldtap.stores.format.manifest import FEATURES
 from coldtap.stores.format.shards import ABSENT, ENTRY_BYTES
+from coldtap.stores.reading.digest_lists import ReadDigests
 from coldtap.stores.storage.contract import Reader, Storage
 from coldtap.stores.storage.threads import renew_after_fork
 
@@ -42,14 +43,21 @@ class ShardIndex:
 
     Attributes:
         offsets, lengths: (row, chunk) int64, −1 where there is no chunk.
-        checked: (row, chunk), true once a chunk's checksum was found to hold.
+        listed: (row, chunk) uint32, the crc32c that the store's list has of each chunk; None where there is no list.
+        checked: (row, chunk), true once a chunk's checksum was found to hold, and to be the one listed.
         n_bytes, etag: of the file that it was read from; no other has this etag.
         rank: (row,) the place of each row's chunks among those of equal length that fill the file from its start;
             −1 where a row is absent, None where the file is laid out otherwise.
     """
 
-    def __init__(self, entries: np.ndarray[Any, np.dtype[np.uint64]], n_bytes: int, etag: str) -> None:
-        self.n_bytes, self.etag = n_bytes, etag
+    def __init__(
+        self,
+        entries: np.ndarray[Any, np.dtype[np.uint64]],
+        n_bytes: int,
+        etag: str,
+        listed: np.ndarray[Any, np.dtype[np.uint32]] | None,
+    ) -> None:
+        self.n_bytes, self.etag, self.listed = n_bytes, etag, listed
         absent = (entries == ABSENT).all(axis=2)
         self.offsets = np.where(absent, -1, entries[..., 0].view(np.int64))
         self.lengths = np.where(absent, -1, entries[..., 1].view(np.int64))
@@ -68,7 +76,8 @@ class ShardIndex:
     @property
     def memory_bytes(self) -> int:
         """What it takes in memory."""
-        return 2 * self.offsets.nbytes + self.checked.nbytes
+        listed = 0 if self.listed is None else self.listed.nbytes
+        return 2 * self.offsets.nbytes + self.checked.nbytes + listed
 
 
 class ShardFile:
@@ -86,6 +95,7 @@ class ShardFile:
         index: ShardIndex | None = None,
         *,
         mapped: bool = False,
+        read_digests: ReadDigests | None = None,
     ) -> None:
         """Open a shard, and parse its index unless it is known; that of a file that has changed is parsed anew.
 
@@ -96,13 +106,15 @@ class ShardFile:
             first_row: the row of the array that stands first in it.
             index: parsed before.
             mapped: have it mapped into memory, which not every storage can.
+            read_digests: gives the list of its chunks' digests; None where the store has none, or the caller has it.
 
         Raises:
-            CorruptStoreError: the file is missing or too short, or its index is damaged or points outside.
+            CorruptStoreError: the file is missing or too short, its index is damaged or points outside, or has other
+                chunks than the list.
             MachineError: this process may open no more files.
         """
         self.where, self.spec, self.first_row = storage.describe(name), spec, first_row
-        self._n_values = spec.chunk_bytes
+        self._n_values, self._read_digests = spec.chunk_bytes, read_digests
         self._reader = self._opened(storage, name)
         self.index = index if index and index.etag == self._reader.etag else self._read_index()
         self._mapping = self._reader.map() if mapped else None
@@ -156,7 +168,19 @@ class ShardFile:
         room = np.maximum(n_bytes - n_index - lengths.astype(np.float64), -1)
         if ((lengths < shortest) | (lengths > longest) | (there[:, 0] > room)).any():
             raise CorruptStoreError(f"{self.where}: the shard's index points outside its chunks")
-        return ShardIndex(entries, n_bytes, self._reader.etag)
+        return ShardIndex(entries, n_bytes, self._reader.etag, self._listed((entries != ABSENT).any(axis=2)))
+
+    def _listed(self, there: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.uint32]] | None:
+        """The crc32c that the store's list has of each chunk, which has the same chunks as the index."""
+        if self._read_digests is None:
+            return None
+        digests = self._read_digests(self.spec, self.first_row // self.spec.block_rows)
+        for row, chunk in np.argwhere(digests.present != there)[:1].tolist():
+            what = "a chunk, and none in" if there[row, chunk] else "no chunk, and one in"
+            raise CorruptStoreError(
+                f"{self._where(row, chunk)}: there is {what} the store's list of digests: run `coldtap verify`"
+            )
+        return digests.crc32c
 
     def _chunk_lengths(self) -> tuple[int, int]:
         """The shortest and the longest that a stored chunk can be."""
@@ -227,14 +251,24 @@ class ShardFile:
         checked, n, start = self.index.checked[row], self._n_values, 0
         for chunk, stored in zip(chunks, self._stored(row, chunks), strict=True):
             values = stored[:-CRC_BYTES]
-            if not checked[chunk] and checksum(values) != stored[-CRC_BYTES:].tobytes():
-                raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
+            if not checked[chunk]:
+                self._require_whole(row, chunk, stored)
             if self.spec.layout == "fast":
                 out[start : start + n] = memoryview(values)
             else:
                 self._decode(row, chunk, memoryview(values), out[start : start + n])
             checked[chunk] = True  # its frame is known too: `_decode_rows` relies on it
             start += n
+
+    def _require_whole(self, row: int, chunk: int, stored: Bytes) -> None:
+        found = checksum(stored[:-CRC_BYTES])
+        if found != stored[-CRC_BYTES:].tobytes():
+            raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
+        if self.index.listed is not None and int.from_bytes(found, "little") != self.index.listed[row, chunk]:
+            raise CorruptStoreError(
+                f"{self._where(row, chunk)}: the chunk is whole and not the one that belongs there, by the store's "
+                "list of digests; it is that of another row, tap, block, array or store: run `coldtap verify`"
+            )
 
     def _stored(self, row: int, chunks: list[int]) -> Iterator[Bytes]:
         """Each chunk as it is stored, its checksum included."""
@@ -299,9 +333,9 @@ def _runs(chunks: list[int], offsets: list[int], lengths: list[int]) -> list[lis
 class ShardFiles:
     """The shards of one store that are in use: at most so many open files, and so many bytes of parsed indexes."""
 
-    def __init__(self, storage: Storage) -> None:
-        """Open nothing yet."""
-        self._storage = storage
+    def __init__(self, storage: Storage, read_digests: ReadDigests | None) -> None:
+        """Open nothing yet; `read_digests` is None where the store has no lists of digests."""
+        self._storage, self._read_digests = storage, read_digests
         self._mapped = storage.capabilities.map and resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
         self.renew()
         renew_after_fork(self)
@@ -325,7 +359,9 @@ class ShardFiles:
             if file is None:
                 name, first_row = f"{FEATURES}/{spec.shard_key(block)}", block * spec.block_rows
                 known = self._indexes.get(key)
-                file = ShardFile(self._storage, name, spec, first_row, known, mapped=self._mapped)
+                file = ShardFile(
+                    self._storage, name, spec, first_row, known, mapped=self._mapped, read_digests=self._read_digests
+                )
                 self._remember(key, file.index)
             self._files[key] = file
             if len(self._files) > MAX_OPEN_FILES:

@@ -18,6 +18,8 @@ from coldtap.stores.format.rows import Segment
 from coldtap.stores.format.targets import targets_name
 from coldtap.stores.format.types import TargetKind
 from coldtap.stores.reading.array import StoredArray, require_metadata
+from coldtap.stores.reading.digest_lists import digests_of
+from coldtap.stores.reading.escape_reader import escape_reader
 from coldtap.stores.reading.labels import Labels
 from coldtap.stores.reading.manifest_files import ManifestFiles
 from coldtap.stores.reading.recipe_file import RECIPE, read_recipe
@@ -67,7 +69,8 @@ class Store:
         self.files = ManifestFiles(storage)
         self._n_threads = threads
         self.files.read(RECIPE)
-        self._files, self._threads = ShardFiles(storage), Threads(threads)
+        self._files = ShardFiles(storage, digests_of(self.files, self.recipe))
+        self._threads = Threads(threads)
         self.index = RowIndex(self.files, self.recipe)
         specs = self.recipe.arrays(where=storage.describe(RECIPE))
         self.arrays = {spec.name: self._open_array(spec) for spec in sorted(specs, key=lambda spec: spec.name)}
@@ -120,7 +123,15 @@ class Store:
         numbers = read_numbers(read, spec, features)
         origin = _array_of, (self.storage, self._n_threads, self.digest, spec.name)
         return StoredArray(
-            spec, n_rows, numbers, self._files, self._threads, read, features, index=self.index, origin=origin
+            spec,
+            n_rows,
+            numbers,
+            self._files,
+            self._threads,
+            escape_reader(spec, self.recipe, self.files),
+            f"{features}/{spec.name}",
+            index=self.index,
+            origin=origin,
         )
 
     @property

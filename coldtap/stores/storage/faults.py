@@ -15,6 +15,7 @@ FAULT_POINTS = (
     "arrays-created",
     "shard-temporary",
     "shard-renamed",
+    "digests-renamed",
     "escapes-renamed",
     "block-renamed",
     "journal-written",

@@ -9,9 +9,11 @@ import numpy as np
 
 from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.chunk_digests import ChunkDigests
 from coldtap.stores.format.chunks import CRC_BYTES, checksum
 from coldtap.stores.format.manifest import Entry
 from coldtap.stores.format.shards import ENTRY_BYTES
+from coldtap.stores.reading.digest_lists import ReadDigests
 from coldtap.stores.reading.shard_files import ShardFile
 from coldtap.stores.storage.contract import Reader, Storage
 from coldtap.stores.verify.problems import Problem
@@ -24,19 +26,27 @@ type Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def shard_problems(
-    storage: Storage, entry: Entry, spec: ArraySpec, block: int, entries: Mapping[str, Entry]
+    storage: Storage,
+    entry: Entry,
+    spec: ArraySpec,
+    block: int,
+    entries: Mapping[str, Entry],
+    read_digests: ReadDigests | None,
 ) -> Iterator[Problem]:
-    """What is wrong with a shard: its index, its chunks' checksums, the digests of its taps, its own.
+    """What is wrong with a shard: its index, its chunks' checksums and digests, its own digest.
 
     Args:
         storage: of the store.
         entry: of the shard.
         spec: its array.
         block: its number.
-        entries: the manifest, for the taps.
+        entries: the manifest, which in format 1 has a digest a tap.
+        read_digests: of a store that has lists of digests; one that is damaged is reported as a file.
     """
+    digests = _digests(read_digests, spec, block)
     try:
-        shard = ShardFile(storage, entry.name, spec, block * spec.block_rows)
+        listed = None if digests is None else lambda spec, block: digests
+        shard = ShardFile(storage, entry.name, spec, block * spec.block_rows, read_digests=listed)
         present = np.flatnonzero(shard.present())
     except CorruptStoreError as error:
         yield Problem(where=entry.name, what=str(error))
@@ -48,14 +58,24 @@ def shard_problems(
         where = f"{_where(spec, shard.first_row + int(present[row]), chunk)}: " if row < len(present) else ""
         yield Problem(where=entry.name, what=f"{where}{what}")
         return
-    contents = _Contents(entry.n_bytes, lengths)
+    contents = _Contents(entry.n_bytes, lengths, digests and digests.at(present))
+    problems: list[Problem] = []
     with storage.open(entry.name) as reader:
-        broken = [_where(spec, shard.first_row + int(present[row]), chunk) for row, chunk in contents.read(reader)]
-    yield from (Problem(where=entry.name, what=f"{where}: the chunk's checksum does not hold") for where in broken)
-    lies = [*_tap_problems(entry, spec, contents, entries)]
-    yield from lies
-    if not broken and not lies and contents.whole.hexdigest() != entry.sha256:
+        for row, chunk, what in contents.read(reader):
+            where = _where(spec, shard.first_row + int(present[row]), chunk)
+            problems.append(Problem(where=entry.name, what=f"{where}: {what}"))
+    if read_digests is None:
+        problems += _tap_problems(entry, spec, contents, entries)
+    yield from problems
+    if not problems and contents.whole.hexdigest() != entry.sha256:
         yield Problem(where=entry.name, what="its SHA-256 is not the manifest's, though all checksums hold")
+
+
+def _digests(read: ReadDigests | None, spec: ArraySpec, block: int) -> ChunkDigests | None:
+    try:
+        return read(spec, block) if read else None
+    except CorruptStoreError:
+        return None
 
 
 def _where(spec: ArraySpec, row: int, chunk: int) -> str:
@@ -86,19 +106,19 @@ class _Contents:
 
     Attributes:
         whole: digest of the file.
-        taps: digests of each tap's chunks, where the chunks are those of taps.
+        taps: digests of each tap's chunks, where the chunks are those of taps and no list has a digest each.
         tap_bytes: their bytes.
     """
 
-    def __init__(self, n_bytes: int, lengths: Integers) -> None:
-        self._n_bytes, self._lengths = n_bytes, lengths
+    def __init__(self, n_bytes: int, lengths: Integers, digests: ChunkDigests | None) -> None:
+        self._n_bytes, self._lengths, self._digests = n_bytes, lengths, digests
         n_chunks = lengths.shape[1]
         self.whole = hashlib.sha256()
-        self.taps = [hashlib.sha256() for _ in range(n_chunks)] if n_chunks > 1 else []
+        self.taps = [hashlib.sha256() for _ in range(n_chunks)] if n_chunks > 1 and not digests else []
         self.tap_bytes: list[int] = lengths.sum(axis=0).tolist()
 
-    def read(self, reader: Reader) -> Iterator[tuple[int, int]]:
-        """Hash everything; yields the (row, chunk) whose checksum does not hold."""
+    def read(self, reader: Reader) -> Iterator[tuple[int, int, str]]:
+        """Hash everything; yields (row, chunk, what) of chunks that are damaged, or not those that the list has."""
         n_chunks = self._lengths.shape[1]
         ends = np.cumsum(self._lengths)
         for first, last in _pieces(ends):
@@ -109,8 +129,11 @@ class _Contents:
                 chunk = data[end - int(self._lengths.flat[number]) : end]
                 if self.taps:
                     self.taps[number % n_chunks].update(chunk)
+                row, place = divmod(number, n_chunks)
                 if checksum(chunk[:-CRC_BYTES]) != chunk[-CRC_BYTES:].tobytes():
-                    yield divmod(number, n_chunks)
+                    yield row, place, "the chunk's checksum does not hold"
+                elif self._digests and not self._digests.has(row, place, chunk):
+                    yield row, place, "the chunk is whole and not the one that the store's list of digests has there"
         self.whole.update(_filled(reader, int(ends[-1]) if len(ends) else 0, self._n_bytes))
 
 

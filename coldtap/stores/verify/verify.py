@@ -10,9 +10,12 @@ import numpy as np
 
 from coldtap.errors import CorruptStoreError, StoreError
 from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.chunk_digests import DIGESTS, digests_name
 from coldtap.stores.format.compensation import compensation_file
+from coldtap.stores.format.escape_segments import ESCAPES
 from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry
 from coldtap.stores.format.tables import REJECTED, REJECTED_SCHEMA, SAMPLES, SAMPLES_SCHEMA
+from coldtap.stores.reading.digest_lists import ReadDigests, digests_of
 from coldtap.stores.reading.manifest_files import file_entry, files_of, is_complete, read_manifest
 from coldtap.stores.reading.recipe_file import read_recipe
 from coldtap.stores.reading.shard_files import ShardFile
@@ -76,11 +79,14 @@ def verify_store(
     except CorruptStoreError as error:
         problems.append(Problem(where=".", what=str(error)))
     arrays = {array.name: array.spec for array in opened.arrays.values()} if opened else {}
+    read_digests = digests_of(opened.files, opened.recipe) if opened else None
+    if read_digests:
+        problems.extend(problem for problem in _list_problems(entries, arrays) if problem.where not in damaged)
     if opened is not None:
-        problems.extend(_tap_line_problems(entries, arrays))
+        problems.extend(_tap_line_problems(entries, arrays, by_tap=read_digests is None))
 
     def check(entry: Entry) -> list[Problem]:
-        found = [] if entry.name in damaged else [*_content_problems(storage, entry, entries, arrays)]
+        found = [] if entry.name in damaged else [*_content_problems(storage, entry, entries, arrays, read_digests)]
         advance(entry.n_bytes)
         return found
 
@@ -93,7 +99,7 @@ def verify_store(
         damaged |= {problem.where for problem in problems}
         problems.extend(_compensation_problems(opened, damaged))
         for array in opened.arrays.values():
-            problems.extend(escape_problems(opened, array, entries, damaged) if array.spec.kept_as.is_coded else ())
+            problems.extend(escape_problems(opened, array, entries, damaged))
         found_rows, n_rows = _row_problems(opened, damaged)
         problems.extend(found_rows)
     return Verification(
@@ -141,11 +147,15 @@ def _link_problem(storage: Storage, name: str) -> str | None:
 
 
 def _content_problems(
-    storage: Storage, entry: Entry, entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]
+    storage: Storage,
+    entry: Entry,
+    entries: Mapping[str, Entry],
+    arrays: Mapping[str, ArraySpec],
+    read_digests: ReadDigests | None,
 ) -> Iterator[Problem]:
     name, _, key = entry.name.removeprefix(f"{FEATURES}/").partition("/c/")
     if name in arrays and key:
-        yield from shard_problems(storage, entry, arrays[name], int(key.split("/")[0]), entries)
+        yield from shard_problems(storage, entry, arrays[name], int(key.split("/")[0]), entries, read_digests)
     elif file_entry(storage, entry.name) != entry:
         yield Problem(where=entry.name, what="its SHA-256 is not the manifest's")
 
@@ -161,13 +171,29 @@ def _compensation_problems(store: Store, damaged: Set[str]) -> Iterator[Problem]
             yield Problem(where=file, what=str(error))
 
 
-def _tap_line_problems(entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]) -> Iterator[Problem]:
-    """Lines of the manifest about taps that no shard has."""
+def _list_problems(entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec]) -> Iterator[Problem]:
+    """Shards and escapes that have no list of digests, and lists of none."""
+    wanted = set()
+    for entry in entries:
+        if entry.startswith(f"{ESCAPES}/"):
+            wanted.add(f"{DIGESTS}/{entry}")
+        name, _, key = entry.removeprefix(f"{FEATURES}/").partition("/c/")
+        if name in arrays and key and "#" not in key:
+            wanted.add(digests_name(name, int(key.split("/")[0])))
+    there = {name for name in entries if name.startswith(f"{DIGESTS}/")}
+    yield from (Problem(where=name, what="the manifest does not list these digests") for name in sorted(wanted - there))
+    yield from (Problem(where=name, what="digests of what is not there") for name in sorted(there - wanted))
+
+
+def _tap_line_problems(
+    entries: Mapping[str, Entry], arrays: Mapping[str, ArraySpec], *, by_tap: bool
+) -> Iterator[Problem]:
+    """Lines of the manifest about taps that no shard has; with lists of digests there are none."""
     for name in entries:
         shard, mark, tap = name.partition("#")
         spec = arrays.get(shard.removeprefix(f"{FEATURES}/").partition("/c/")[0])
         known = spec is not None and spec.chunks_per_row > 1 and tap in map(str, spec.taps) and shard in entries
-        if mark and not known:
+        if mark and not (by_tap and known):
             yield Problem(where=name, what="the manifest lists a tap that is not there")
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from coldtap.errors import MachineError
 from coldtap.stores.format.arrays import ArraySpec
+from coldtap.stores.format.chunk_digests import LISTED_BYTES
 from coldtap.stores.format.chunks import CRC_BYTES
 from coldtap.stores.format.rows import RowPlan
 from coldtap.stores.format.shards import ENTRY_BYTES
@@ -47,7 +48,7 @@ def forecast(
     per_row = BYTES_PER_ROW_BESIDE + sum(
         compressed.get(spec.name, 1) * spec.bytes_per_row + spec.chunks_per_row * CRC_BYTES for spec in specs
     )
-    per_block = sum(spec.block_rows * spec.chunks_per_row * ENTRY_BYTES + CRC_BYTES for spec in specs)
+    per_block = sum(spec.block_rows * spec.chunks_per_row * (ENTRY_BYTES + LISTED_BYTES) + CRC_BYTES for spec in specs)
     return Forecast(
         n_rows=n_rows,
         n_bytes=round(n_rows * per_row) + len(blocks) * per_block,

@@ -45,8 +45,8 @@ class Found:
 
         Raises:
             RecipeMismatchError: what is there was asked otherwise.
-            StoreError: it is unfinished and was begun from another origin (the store that is converted, None for
-                images): the recipe may be the same, the last bits are not.
+            StoreError: it is unfinished and was begun in another format, or from another origin (the store that is
+                converted, None for images): the recipe may be the same, the last bits are not.
         """
         if self.recipe is None:
             return False
@@ -54,7 +54,17 @@ class Found:
         if is_complete(self.storage):
             return True
         self._require_same_origin(origin)
+        self._require_same_format(recipe)
         return False
+
+    def _require_same_format(self, new: Recipe) -> None:
+        old = self.recipe
+        if old is not None and (old.format, old.requires) != (new.format, new.requires):
+            raise StoreError(
+                f"{self.storage} was begun in store format {old.format} ({', '.join(old.requires) or 'no features'}); "
+                f"this coldtap writes format {new.format} ({', '.join(new.requires)}): finish it with the coldtap that "
+                "began it, or choose a new path; nothing was changed"
+            )
 
     def _require_same_origin(self, origin: Store | None) -> None:
         storage, began = self.storage, self.recorded.get("converted_from")

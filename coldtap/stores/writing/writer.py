@@ -14,11 +14,13 @@ import numpy as np
 from coldtap.errors import IncompleteStoreError
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.canonical import readable_json, sha256
+from coldtap.stores.format.chunk_digests import DIGESTS, digests_name
+from coldtap.stores.format.codes import Escapes
 from coldtap.stores.format.compensation import COMPENSATION
-from coldtap.stores.format.escapes import escape_chunks, longest_list
-from coldtap.stores.format.journal import JOURNAL, JournalLine, Rejection, ShardRecord, journal_name
+from coldtap.stores.format.escape_segments import ESCAPES, escape_bytes, escape_digests, escapes_folder, escapes_name
+from coldtap.stores.format.journal import JOURNAL, JournalLine, Rejection, WrittenFile, journal_name
 from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry
-from coldtap.stores.format.metadata import escape_files, static_files
+from coldtap.stores.format.metadata import static_files
 from coldtap.stores.format.norm import FinalNorm
 from coldtap.stores.format.recipe import Recipe
 from coldtap.stores.format.rows import RowPlan
@@ -37,7 +39,7 @@ from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
 from coldtap.stores.writing.records import write_line, write_manifest, write_rows
 
 # Only there do dead jobs of coldtap leave something; elsewhere others may use the same ending.
-SWEPT = (RECIPE, SAMPLES, REJECTED, MANIFEST, FEATURES, JOURNAL, TARGETS, COMPENSATION)
+SWEPT = (RECIPE, SAMPLES, REJECTED, MANIFEST, FEATURES, DIGESTS, ESCAPES, JOURNAL, TARGETS, COMPENSATION)
 
 
 class StoreWriter:
@@ -155,19 +157,18 @@ class StoreWriter:
         """
         present = np.zeros(self.plan.block_rows, bool)
         present[[row % self.plan.block_rows for row in source_sha256]] = True
-        shards: dict[str, ShardRecord] = {}
+        files: dict[str, WrittenFile] = {}
         for spec in self.specs:
             # Taken also where no row is present: the buffer goes on to another block.
             escapes = buffers[spec.name].take_escapes(block, present)
-            self._forget_escapes(spec, block)
             if present.any():
-                self._place_shard(spec.shard_key(block), buffers[spec.name].shard.seal(present), shards)
-            for key, data in escape_chunks(spec, block, escapes):
-                self._place_escapes(key, data, shards)
+                self._place_shard(spec, block, buffers[spec.name].shard.seal(present), files)
+            if spec.kept_as.is_coded:
+                self._place_escapes(spec, block, escapes, files)
         fault_point("block-renamed")
         line = JournalLine(
             block=block,
-            shards=shards,
+            files=files,
             rejected=tuple(rejected),
             source_sha256=dict(source_sha256),
             ranges=ranges,
@@ -177,30 +178,34 @@ class StoreWriter:
         fault_point("journal-written")
         return line
 
-    def _place_shard(self, key: str, sealed: SealedShard, shards: dict[str, ShardRecord]) -> None:
+    def _place_shard(self, spec: ArraySpec, block: int, sealed: SealedShard, files: dict[str, WrittenFile]) -> None:
         def pieces() -> Iterable[memoryview]:
             yield from sealed.pieces
             fault_point("shard-temporary")
 
-        self.storage.put(f"{FEATURES}/{key}", pieces())
+        name = f"{FEATURES}/{spec.shard_key(block)}"
+        self.storage.put(name, pieces())
         fault_point("shard-renamed")
-        shards[key] = ShardRecord(
-            n_bytes=sealed.whole.n_bytes,
-            sha256=sealed.whole.sha256,
-            tap_bytes=tuple(tap.n_bytes for tap in sealed.taps),
-            tap_sha256=tuple(tap.sha256 for tap in sealed.taps),
-        )
+        files[name] = WrittenFile(n_bytes=sealed.whole.n_bytes, sha256=sealed.whole.sha256)
+        self._place(digests_name(spec.name, block), sealed.digests, files)
+        fault_point("digests-renamed")
 
-    def _forget_escapes(self, spec: ArraySpec, block: int) -> None:
-        """A longer list may lie there from a block that died, made elsewhere (`allow_mixed`)."""
-        for part in ("position", "value"):
-            for key in self.storage.list(f"{FEATURES}/escapes/{spec.name}/{part}/c/{block}"):
-                self.storage.delete(key)
-
-    def _place_escapes(self, key: str, data: bytes, shards: dict[str, ShardRecord]) -> None:
-        self.storage.put(f"{FEATURES}/{key}", [data])
+    def _place_escapes(self, spec: ArraySpec, block: int, escapes: Escapes, files: dict[str, WrittenFile]) -> None:
+        name, list_name = escapes_name(spec.name, block), digests_name(escapes_folder(spec.name), block)
+        if not len(escapes.value):
+            # Some may lie there from a block that died, made elsewhere (`allow_mixed`).
+            for stale in (name, list_name):
+                if self.storage.stat(stale) is not None:
+                    self.storage.delete(stale)
+            return
+        data = escape_bytes(spec, block, escapes)
+        self._place(name, data, files)
         fault_point("escapes-renamed")
-        shards[key] = ShardRecord(n_bytes=len(data), sha256=sha256(data))
+        self._place(list_name, escape_digests(data, spec, where=name), files)
+
+    def _place(self, name: str, data: bytes, files: dict[str, WrittenFile]) -> None:
+        self.storage.put(name, [data])
+        files[name] = WrittenFile(n_bytes=len(data), sha256=sha256(data))
 
     def finish(
         self,
@@ -225,20 +230,8 @@ class StoreWriter:
         beside = {**{targets_name(name): data for name, data in targets.items()}, **(others or {})}
         for name, data in beside.items():
             self.storage.put(name, [data])
-        escapes = self._write_escape_metadata()
         fault_point("index-written")
-        return write_manifest(self.storage, self._entries([*self._statics, *escapes, *beside]))
-
-    def _write_escape_metadata(self) -> Iterable[str]:
-        coded = [spec for spec in self.specs if spec.kept_as.is_coded]
-        longest = dict.fromkeys((spec.name for spec in coded), 0)
-        for line in self._lines() if coded else ():
-            for spec in coded:
-                longest[spec.name] = max(longest[spec.name], longest_list(line.shards, spec))
-        files = escape_files(coded, self.plan.n_blocks, longest) if coded else {}
-        for name, data in files.items():
-            self.storage.put(name, [data])
-        return files
+        return write_manifest(self.storage, self._entries([*self._statics, *beside]))
 
     def _lines(self) -> Iterator[JournalLine]:
         """Every block's line, one at a time: together they would grow with the dataset."""
@@ -272,18 +265,9 @@ class StoreWriter:
                     )
 
     def _entries(self, small: Iterable[str]) -> Iterable[Entry]:
-        taps_of = {spec.name: spec.taps for spec in self.specs}
         for line in self._lines():
-            for key, shard in line.shards.items():
-                name = f"{FEATURES}/{key}"
-                yield Entry(sha256=shard.sha256, n_bytes=shard.n_bytes, name=name)
-                if len(shard.tap_sha256) > 1:
-                    yield from _tap_entries(name, taps_of[key.rpartition("/c/")[0]], shard)
+            for name, file in line.files.items():
+                yield Entry(sha256=file.sha256, n_bytes=file.n_bytes, name=name)
             yield file_entry(self.storage, journal_name(line.block))
         for name in (RECIPE, SAMPLES, REJECTED, *small):
             yield file_entry(self.storage, name)
-
-
-def _tap_entries(name: str, taps: Sequence[int], shard: ShardRecord) -> Iterator[Entry]:
-    for tap, n_bytes, digest in zip(taps, shard.tap_bytes, shard.tap_sha256, strict=True):
-        yield Entry(sha256=digest, n_bytes=n_bytes, name=f"{name}#{tap}")

@@ -19,7 +19,7 @@ from coldtap.errors import (
 from coldtap.stores.format.arrays import plan_arrays
 from coldtap.stores.format.canonical import canonical_json, readable_json
 from coldtap.stores.format.geometry import Geometry
-from coldtap.stores.format.journal import JournalLine, Rejection, ShardRecord
+from coldtap.stores.format.journal import JournalLine, Rejection, WrittenFile
 from coldtap.stores.format.manifest import Entry
 from coldtap.stores.format.recipe import Recipe, differences
 from coldtap.stores.format.rows import RowPlan
@@ -69,7 +69,11 @@ def test_differences_name_each_field_old_and_new():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2; this coldtap reads format 1"),
+        ({"format": 3}, "format 3; this coldtap reads formats 1 and 2: read it with a newer coldtap"),
+        ({"format": True}, "format True"),
+        ({"requires": "chunk-digests"}, "not a list of names"),
+        ({"requires": ["chunk-digests", "cells"]}, "requires 'cells', which this coldtap does not know"),
+        ({"format": 1}, "unknown keys \\['requires'\\]"),
         ({"surprise": 1}, "unknown keys"),
         ({"address": "0" * 64}, "edited by hand"),
         ({"rows": 3}, "'rows' is not a JSON object"),
@@ -245,7 +249,7 @@ def test_manifest_round_trips_and_refuses_names_that_leave_the_store(tmp_path):
 def test_journal_lines_round_trip_and_a_damaged_one_says_what_to_do(tmp_path):
     line = JournalLine(
         block=3,
-        shards={"layers/x/c/3": ShardRecord(n_bytes=9, sha256="a" * 64, tap_bytes=(5,), tap_sha256=("b" * 64,))},
+        files={"features.zarr/layers/x/c/3": WrittenFile(n_bytes=9, sha256="a" * 64)},
         rejected=(Rejection(row=7, reason="truncated", tap=None),),
         source_sha256={6: "c" * 64},
         ranges={"layers/x": [[-1.0, 2.5]]},

@@ -7,15 +7,15 @@ What is promised, and by whom:
   the manifest. A file that the manifest does not list, where one of its name could be, counts as damage of the
   manifest: a lost line never makes values disappear.
 - *A forged index* (other offsets and lengths, its crc computed anew) never makes the reader leave the file, allocate
-  beyond a row, or give bytes whose own crc does not hold. It can name the chunk of another row, which is whole and
-  wrong: the reader cannot tell, since a chunk does not say whose it is. The same holds for chunks that changed places
-  with their checksums, and for whole shard files that did. `verify` finds each of them, by the SHA-256 of the shard.
+  beyond a row, or give bytes that are not those of the row: a chunk that is whole and another's is told by the store's
+  list of digests (`test_bound_chunks.py`). In a store of format 1, which has no list, only `verify` finds it.
 - *A forged manifest* (with files that agree with it) is another store, with another digest. What it holds may be
   anything but must not crash the reader, hang it, or make it allocate without bound.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -37,7 +37,7 @@ from coldtap.stores.format.codes import Scaling
 from coldtap.stores.format.manifest import MANIFEST
 from coldtap.stores.format.recipe import PARTS, signed_record
 from coldtap.stores.verify.verify import verify_store
-from tests.helpers.places import ROOT
+from tests.helpers.places import FIXTURES, ROOT
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
 
 KINDS = [("float32", "fast"), ("float16", "fast"), ("bfloat16", "fast"), ("int8", "fast"), ("int8", "compact")]
@@ -266,7 +266,7 @@ def is_shard(name):
 
 
 def is_payload(name):
-    return is_shard(name) or (name.startswith("features.zarr/escapes/") and "/c/" in name)
+    return is_shard(name) or name.startswith(("escapes/", "digests/"))
 
 
 def is_metadata(name):
@@ -423,14 +423,11 @@ def lying_indexes(draw, stores):
     name = draw(st.sampled_from(sorted(filter(is_shard, sound.files))))
     data = sound.files[name]
     entries = entries_of(name, data)
-    known = {tuple(entry) for entry in entries.tolist()}
     at = draw(st.integers(0, len(entries) - 1))
     old_offset, old_length = entries[at].tolist()
     numbers = st.sampled_from(EDGES) | st.integers(0, len(data) + 10) | st.integers(0, 2**64 - 1)
     offset = draw(st.just(old_offset) | st.sampled_from(entries[:, 0].tolist()) | numbers)
     length = draw(st.just(old_length) | st.sampled_from(entries[:, 1].tolist()) | numbers)
-    if (offset, length) in known - {(2**64 - 1, 2**64 - 1)}:
-        offset = (offset + 1) % 2**64  # another row's chunk, whole: see the top of this page, and the test below
     entries[at] = offset, length
     return Damaged(sound, {name: with_entries(name, data, entries)}, f"{name}: {offset}, {length}")
 
@@ -456,8 +453,7 @@ def test_verify_finds_a_lying_index(stores):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_verify_finds_whole_chunks_and_shards_at_the_place_of_others(stores, kind):
-    """The reader cannot: it gives another row's values, as it must of a store that was made so."""
+def test_whole_chunks_and_shards_at_the_place_of_others_are_found(stores, kind):
     sound = stores[kind]
     for name in filter(is_shard, sound.files):
         entries = entries_of(name, sound.files[name])
@@ -465,9 +461,11 @@ def test_verify_finds_whole_chunks_and_shards_at_the_place_of_others(stores, kin
         entries[[first, last]] = entries[[last, first]]
         with Damaged(sound, {name: with_entries(name, sound.files[name], entries)}):
             assert is_found(sound.path), name
+            assert same_or_error(sound, ["arrays"]), name
     first, second = (f"features.zarr/{LAYERS}/c/{block}/0/0/0" for block in (0, 1))
     with Damaged(sound, {first: sound.files[second], second: sound.files[first]}):
         assert is_found(sound.path)
+        assert same_or_error(sound, ["arrays"])
 
 
 def frames(n_bytes):
@@ -594,9 +592,26 @@ def test_forged_scales_end_in_an_error_of_coldtap_or_in_values(stores):
 
 def test_forged_escapes_end_in_an_error_of_coldtap_or_in_values(stores):
     sound = stores["int8", "fast"]
-    name = f"features.zarr/escapes/{LAYERS}/position/c/0/0/0"
+    name = f"escapes/{LAYERS}/0"
+    words, n_counts = np.frombuffer(sound.files[name], "<u4"), BLOCK_ROWS * N_TAPS
+    (first, *_) = np.flatnonzero(words[:n_counts])
+    for at, wrong in ((n_counts, 56), (n_counts, 2**32 - 1), (first, 0), (first, 2**32 - 1), (0, 2**31), (11, 1)):
+        forged = words.copy()
+        forged[at] = wrong
+        with Damaged(sound, relisted(sound, {name: forged.tobytes()})):
+            assert same_or_error(sound), (at, wrong)
+    for data in (b"", b"\0", sound.files[name][: 4 * n_counts], sound.files[name][:-4], sound.files[name] + b"\0" * 8):
+        with Damaged(sound, relisted(sound, {name: data})):
+            assert same_or_error(sound), len(data)
+
+
+def test_forged_lists_of_format_1_end_in_an_error_of_coldtap_or_in_values(tmp_path):
+    path = shutil.copytree(FIXTURES / "int8-fast", tmp_path / "old")
+    files = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    sound = Sound(path=path, files=files, truth=dict(everything(path, each_row=True)))
+    name = "features.zarr/escapes/layers/g2x2-p1-c6/position/c/0/0/0"
     position = np.frombuffer(zstandard.decompress(sound.files[name][:-4]), "<u4").reshape(-1, 4)
-    for at, wrong in ((0, BLOCK_ROWS), (0, 2**31), (1, N_TAPS), (2, 7), (3, 8), (3, 2**32 - 1)):
+    for at, wrong in ((0, 4), (0, 2**31), (1, 4), (2, 5), (3, 6), (3, 2**32 - 1)):
         forged = position.copy()
         forged[0, at] = wrong
         frame = zstandard.compress(forged.tobytes())

@@ -1,5 +1,8 @@
 """int8 stores: what is written is what every reader reads, within the bound, exceptions included."""
 
+import hashlib
+
+import google_crc32c
 import numpy as np
 import pytest
 import tensorstore
@@ -8,6 +11,7 @@ import zarr
 from coldtap.stores import open_store
 from coldtap.stores.format.codes import SCALE_OF_STEP, Scaling, encode
 from coldtap.stores.verify.verify import verify_store
+from tests.helpers.escapes import escapes_of
 from tests.helpers.synthetic import GEOMETRY, by_tap, gathered, synthetic_store
 
 SPLITS = ["train"] * 11 + ["val"] * 5 + ["test"] * 6
@@ -117,11 +121,13 @@ def test_the_formula_of_the_specification_gives_what_coldtap_reads(store, featur
     scale, offset = (foreign(reader, root / "scales" / name / part) for part in ("scale", "offset"))
     values = offset[:, None] + scale[:, None] * codes.reshape(len(codes), -1, 7, 8).astype(np.float32)
     values = values.reshape(codes.shape)
-    position = foreign(reader, root / "escapes" / name / "position").reshape(-1, codes.ndim)
-    value = foreign(reader, root / "escapes" / name / "value").reshape(-1)
-    there = position[:, 0] != 2**32 - 1
-    assert there.sum() > 3
-    values[tuple(position[there].T)] = value[there]
+    by_tap_of_row = values.reshape(len(codes), -1, 7 * 8, copy=False)
+    n_escapes = 0
+    for block in range(len(codes) // 4):
+        for row, place, position, value in escapes_of(store.path, name, block, 4, by_tap_of_row.shape[1]):
+            by_tap_of_row[row, place, position] = value
+            n_escapes += len(value)
+    assert n_escapes > 3
     ours = np.empty((len(rows), *array.row_shape), np.float32)
     array.read_into(ours, rows)
     np.testing.assert_array_equal(values[rows], ours)
@@ -149,18 +155,17 @@ def test_escapes_of_rejected_rows_are_not_kept(tmp_path, features):
     features[3] = 6e4
     scaling = {LAYERS: scaling_of(LAYERS), SUM: scaling_of(SUM)}
     synthetic_store(tmp_path / "s", features, TARGETS, SPLITS, tier="int8", scaling=scaling, block_rows=4, rejected=[3])
-    value = zarr.open_array(tmp_path / "s/features.zarr/escapes" / LAYERS / "value", mode="r")[:]
+    value = np.concatenate(
+        [value for block in range(7) for *_, value in escapes_of(tmp_path / "s", LAYERS, block, 4, 4)]
+    )
     assert len(value) > 0
     assert not (value == 6e4).any()
 
 
-def test_a_store_without_exceptions_has_empty_lists(tmp_path):
+def test_a_store_without_exceptions_has_no_file_of_them(tmp_path):
     values = np.random.default_rng(0).standard_normal((22, 4, 7, 8)).astype(np.float32)
     synthetic_store(tmp_path / "s", values, TARGETS, SPLITS, tier="int8", layout="compact", block_rows=4)
-    root = tmp_path / "s/features.zarr/escapes" / LAYERS
-    assert zarr.open_array(root / "position", mode="r").shape == (7, 0, 4)
-    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(root / "value")}}
-    assert tensorstore.open(spec).result().shape == (7, 0)
+    assert not list((tmp_path / "s").rglob("escapes"))
     store = open_store(tmp_path / "s")
     codes = np.empty((1, 4, 7, 8), np.int8)
     assert len(store.arrays[LAYERS].read_stored_into(codes, store.rows("val")[:1]).value) == 0
@@ -190,6 +195,48 @@ def test_escapes_of_a_block_without_rows_do_not_reach_the_next(tmp_path, feature
     expected = encode(features[1:2], scaling_of(LAYERS)).escapes
     kept = buffers[LAYERS].take_escapes(1, np.ones(4, bool))
     assert len(kept.value) == 0
-    chunks = [key for key in line.shards if key.startswith("escapes/")]
-    assert bool(chunks) == bool(len(expected.value))
-    assert not list((tmp_path / "s/features.zarr").glob("escapes/layers/*/value/c/0"))
+    written = sorted(name for name in line.files if "escapes/" in name)
+    assert written == [f"digests/escapes/{LAYERS}/1", f"escapes/{LAYERS}/1"]
+    ((row, place, position, value),) = escapes_of(tmp_path / "s", LAYERS, 1, 4, 4)
+    assert (row, place, value.tolist()) == (4, 2, expected.value.tolist())
+    assert position.tolist() == [int(np.ravel_multi_index(expected.position[0, 2:], (7, 8)))]
+    assert [path.name for path in (tmp_path / "s/escapes" / LAYERS).iterdir()] == ["1"]
+
+
+def test_the_digests_of_segments_are_those_of_their_bytes(store):
+    n_segments = 0
+    for array in (store.arrays[LAYERS], store.arrays[SUM]):
+        n_taps = len(array.taps)
+        for block in range(array.n_rows // 4):
+            listed = store.path / "digests/escapes" / array.name / str(block)
+            entries = np.zeros((4, n_taps, 36), np.uint8)
+            for row, place, position, value in escapes_of(store.path, array.name, block, 4, n_taps):
+                segment = position.tobytes() + value.tobytes()
+                digest = hashlib.sha256(segment).digest() + google_crc32c.value(segment).to_bytes(4, "little")
+                entries[row % 4, place] = np.frombuffer(digest, np.uint8)
+                n_segments += 1
+            assert listed.exists() == entries.any()
+            assert not entries.any() or listed.read_bytes() == entries.tobytes()
+    assert n_segments > 5
+
+
+def test_escapes_of_an_earlier_life_are_forgotten_where_there_are_none_now(tmp_path, features):
+    features[4] *= 1e4
+    writer = synthetic_store(
+        tmp_path / "s",
+        features,
+        TARGETS,
+        SPLITS,
+        tier="int8",
+        scaling={LAYERS: scaling_of(LAYERS)},
+        block_rows=4,
+        gathers={"layers": range(4)},
+        blocks=[],
+        finish=False,
+    )
+    for values, n_files in ((features[4:5], 2), (np.zeros_like(features[:1]), 0)):
+        buffers = writer.new_buffers()
+        buffers[LAYERS].put(values, [0])
+        line = writer.write_block(0, buffers, rejected=[], source_sha256={0: "0" * 64}, ranges={}, environment={})
+        assert sum("escapes/" in name for name in line.files) == n_files
+        assert len([path for path in (tmp_path / "s").rglob("escapes/**/0") if path.is_file()]) == n_files

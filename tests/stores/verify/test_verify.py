@@ -22,6 +22,7 @@ from coldtap.stores.verify.verify import verify_store
 from coldtap.text import show_bytes
 from tests.helpers.jobs import cache, coldtap, error_line, files, in_memory
 from tests.helpers.pictures import encoded, picture, write_classes
+from tests.helpers.places import FIXTURES
 from tests.helpers.synthetic import synthetic_store
 
 LAYERS = "features.zarr/layers/g2x2-p0-c4"
@@ -90,10 +91,7 @@ def test_every_byte_of_every_file_counts(store):
 @pytest.mark.parametrize(("row", "position", "tap"), [(0, 0, 0), (0, 1, 2), (5, 0, 0), (7, 1, 2)])
 def test_a_flipped_value_is_named_by_array_row_and_tap(store, row, position, tap):
     flip(store / TRAIN, (2 * row + position) * CHUNK_BYTES + 11)
-    assert problems(store) == [
-        (TRAIN, f"row {row}, tap {tap}: the chunk's checksum does not hold"),
-        (f"{TRAIN}#{tap}", "the tap's SHA-256 is not the manifest's"),
-    ]
+    assert problems(store) == [(TRAIN, f"row {row}, tap {tap}: the chunk's checksum does not hold")]
 
 
 def test_rows_are_counted_over_the_store_and_not_the_shard(store):
@@ -114,7 +112,8 @@ def test_values_with_a_forged_checksum_are_named_by_tap(store):
     data[0] ^= 1
     data[CHUNK_BYTES - 4 : CHUNK_BYTES] = google_crc32c.value(bytes(data[: CHUNK_BYTES - 4])).to_bytes(4, "little")
     (store / TRAIN).write_bytes(data)
-    assert problems(store) == [(f"{TRAIN}#0", "the tap's SHA-256 is not the manifest's")]
+    what = "the chunk is whole and not the one that the store's list of digests has there"
+    assert problems(store) == [(TRAIN, f"row 0, tap 0: {what}")]
 
 
 def test_a_flipped_byte_of_a_shards_index_is_named(store):
@@ -164,7 +163,7 @@ def test_a_manifest_that_lies_about_a_size_is_found_out(store):
     ("name", "what"),
     [
         (TRAIN, "its SHA-256 is not the manifest's, though all checksums hold"),
-        (f"{TRAIN}#2", "the tap's SHA-256 is not the manifest's"),
+        ("digests/layers/g2x2-p0-c4/0", "its SHA-256 is not the manifest's"),
         ("journal/00000000.json", "its SHA-256 is not the manifest's"),
         ("rejected.parquet", "its SHA-256 is not the manifest's"),
     ],
@@ -175,15 +174,60 @@ def test_a_manifest_that_lies_about_a_digest_is_found_out(store, name, what):
     assert problems(store) == [(name, what)]
 
 
-def test_a_manifest_without_a_file_or_a_tap_is_found_out(store):
+def test_a_manifest_without_a_file_or_a_list_is_found_out(store):
+    digests = "digests/layers/g2x2-p0-c4"
     lines = (store / MANIFEST).read_text().splitlines()
-    left = [line for line in lines if not line.endswith((" journal/00000001.json", f" {VAL}#2"))]
-    assert len(left) == len(lines) - 2
+    left = [line for line in lines if not line.endswith((" journal/00000001.json", f" {digests}/0", f" {digests}/1"))]
+    assert len(left) == len(lines) - 3
     (store / MANIFEST).write_text("\n".join(left) + "\n")
+    (store / f"{digests}/1").unlink()
     assert set(problems(store)) == {
         ("journal/00000001.json", "the manifest does not list this file"),
-        (f"{VAL}#2", "the tap's SHA-256 is not the manifest's"),
+        (f"{digests}/0", "the manifest does not list this file"),
+        (f"{digests}/1", "the manifest does not list these digests"),
     }
+
+
+def test_a_list_of_digests_of_no_shard_is_found_out(store):
+    lines = (store / MANIFEST).read_text().splitlines()
+    left = [line for line in lines if not line.endswith(f" {VAL}")]
+    (store / MANIFEST).write_text("\n".join(left) + "\n")
+    (store / VAL).unlink()
+    assert ("digests/layers/g2x2-p0-c4/1", "digests of what is not there") in problems(store)
+
+
+def test_lists_that_lie_about_a_checksum_alone_are_found_out(store):
+    """The SHA-256 in the list holds; the reader compares the other number."""
+    name = "digests/layers/g2x2-p0-c4/0"
+    flip(store / name, 33)
+    entry = file_entry(store, name)
+    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f" {name}")]
+    swap(store / MANIFEST, line, f"{entry.sha256} {entry.n_bytes} {name}")
+    what = "the chunk is whole and not the one that the store's list of digests has there"
+    assert problems(store) == [(TRAIN, f"row 0, tap 0: {what}")]
+
+
+@pytest.fixture
+def of_format_1(tmp_path):
+    return shutil.copytree(FIXTURES / "float32", tmp_path / "old")
+
+
+OLD = "features.zarr/layers/g2x2-p1-c6"
+OLD_TRAIN, OLD_VAL = f"{OLD}/c/0/0/0/0", f"{OLD}/c/2/0/0/0"
+
+
+def test_the_digests_of_taps_in_format_1_are_checked(of_format_1):
+    flip(of_format_1 / OLD_TRAIN, 1)
+    lines = (of_format_1 / MANIFEST).read_text().splitlines()
+    (line,) = [line for line in lines if line.endswith(f" {OLD_TRAIN}#2")]
+    text = "".join(f"{line}\n" for line in lines if not line.endswith(f" {OLD_VAL}#2"))
+    (of_format_1 / MANIFEST).write_text(text.replace(line, f"{'0' * 64}{line[64:]}"))
+    assert problems(of_format_1) == [
+        (OLD_TRAIN, "row 0, tap 0: the chunk's checksum does not hold"),
+        (f"{OLD_TRAIN}#0", "the tap's SHA-256 is not the manifest's"),
+        (f"{OLD_TRAIN}#2", "the tap's SHA-256 is not the manifest's"),
+        (f"{OLD_VAL}#2", "the tap's SHA-256 is not the manifest's"),
+    ]
 
 
 @pytest.mark.parametrize("line", ["rubbish", f"{'0' * 64} 5 ../../etc/passwd", f"{'0' * 64} 5 /etc/passwd"])
@@ -253,7 +297,7 @@ def test_several_problems_are_all_named(store):
     flip(store / TRAIN, 1)
     (store / VAL).unlink()
     (store / "notes.txt").touch()
-    assert places(store) == {TRAIN, f"{TRAIN}#0", VAL, "notes.txt"}
+    assert places(store) == {TRAIN, VAL, "notes.txt"}
 
 
 def test_the_command_lists_the_problems_and_ends_with_code_1(store):
@@ -261,11 +305,10 @@ def test_the_command_lists_the_problems_and_ends_with_code_1(store):
     result = coldtap("verify", store)
     assert result.exit_code == 1
     assert result.stderr == ""
-    first, second, last = result.stdout.splitlines()
+    first, last = result.stdout.splitlines()
     assert first == f"{TRAIN}: row 0, tap 0: the chunk's checksum does not hold"
-    assert second == f"{TRAIN}#0: the tap's SHA-256 is not the manifest's"
     assert last.startswith(f"{store}: ")
-    assert last.endswith("12 rows checked: 2 problems")
+    assert last.endswith("12 rows checked: 1 problems")
 
 
 def test_the_command_gives_the_same_as_json(store):
@@ -282,7 +325,7 @@ def test_the_command_gives_the_same_as_json(store):
     flip(store / TRAIN, 1)
     harmed = coldtap("verify", store, "--json")
     assert harmed.exit_code == 1
-    assert [problem["where"] for problem in json.loads(harmed.stdout)["problems"]] == [TRAIN, f"{TRAIN}#0"]
+    assert [problem["where"] for problem in json.loads(harmed.stdout)["problems"]] == [TRAIN]
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "recipe.json"])
@@ -390,20 +433,28 @@ def relabelled(store, old, new):
     (store / MANIFEST).write_text("\n".join(sorted(lines, key=lambda line: line.split(" ", 2)[2])) + "\n")
 
 
-def test_a_manifest_that_lies_about_a_taps_bytes_is_found_out(store):
-    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{TRAIN}#2")]
+def test_a_manifest_that_lies_about_a_taps_bytes_is_found_out(of_format_1):
+    store = of_format_1
+    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{OLD_TRAIN}#2")]
     digest, n_bytes, name = line.split(" ")
     relabelled(store, line, f"{digest} {int(n_bytes) + 1} {name}")
     assert problems(store) == [(name, f"the tap has {n_bytes} bytes; the manifest says {int(n_bytes) + 1}")]
 
 
-@pytest.mark.parametrize("name", [f"{TRAIN}#1", f"{TRAIN}#", "recipe.json#0", f"{LAYERS}/c/9/0/0/0#0"])
-def test_a_manifest_with_a_tap_that_is_not_there_is_found_out(store, name):
-    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{TRAIN}#2")]
+@pytest.mark.parametrize("name", [f"{OLD_TRAIN}#7", f"{OLD_TRAIN}#", "recipe.json#0", f"{OLD}/c/9/0/0/0#0"])
+def test_a_manifest_with_a_tap_that_is_not_there_is_found_out(of_format_1, name):
+    store = of_format_1
+    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{OLD_TRAIN}#2")]
     with (store / MANIFEST).open("a") as file:
         file.write(f"{'0' * 64} 5 {name}\n")
     relabelled(store, line, line)
     assert problems(store) == [(name, "the manifest lists a tap that is not there")]
+
+
+def test_a_line_of_a_tap_has_no_place_where_there_are_lists_of_digests(store):
+    lines = [*(store / MANIFEST).read_text().splitlines(), f"{'0' * 64} 5 {TRAIN}#2"]
+    (store / MANIFEST).write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda line: line.split(" ")[2])))
+    assert problems(store) == [(f"{TRAIN}#2", "the manifest lists a tap that is not there")]
 
 
 def test_the_bytes_that_are_read_are_told(store):
@@ -415,7 +466,8 @@ def test_the_bytes_that_are_read_are_told(store):
 
 # Codes, and what they do not hold
 
-ESCAPES = "features.zarr/escapes/layers/g2x3-p1-c8"
+ESCAPES = "escapes/layers/g2x3-p1-c8"
+OLD_ESCAPES = "features.zarr/escapes/layers/g2x2-p1-c6"
 
 
 @pytest.fixture
@@ -437,9 +489,14 @@ def coded(tmp_path):
     return tmp_path / "coded"
 
 
+@pytest.fixture
+def coded_of_format_1(tmp_path):
+    return shutil.copytree(FIXTURES / "int8-compact", tmp_path / "old")
+
+
 def rewrite_list(store, change):
     """Change the positions of the first list of escapes, and what its checksum and the manifest say of it."""
-    name = min(name for name in files(store) if name.startswith(f"{ESCAPES}/position/c/"))
+    name = min(name for name in files(store) if name.startswith(f"{OLD_ESCAPES}/position/c/"))
     frame = decompress((store / name).read_bytes()[:-4], CHUNK * 4 * 4)
     position = np.frombuffer(frame, "<u4").reshape(CHUNK, 4).copy()
     change(position)
@@ -449,14 +506,48 @@ def rewrite_list(store, change):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_an_escape_that_points_outside_its_block_is_found_out(coded, axis):
+def test_an_escape_of_format_1_that_points_outside_its_block_is_found_out(coded_of_format_1, axis):
     def far(position):
         position[0, axis] = 1000
 
-    rewrite_list(coded, far)
-    ((where, what),) = problems(coded)
-    assert where == ESCAPES
+    rewrite_list(coded_of_format_1, far)
+    ((where, what),) = problems(coded_of_format_1)
+    assert where == OLD_ESCAPES
     assert "has an escape outside its rows" in what
+
+
+def words_of(data):
+    """Counts (row, tap) of the first block with escapes, and the words behind them."""
+    words = np.frombuffer(data, "<u4").copy()
+    return words[: 4 * 2], words[4 * 2 :]
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda counts, rest: rest.__setitem__(0, 7 * 8), "outside the tokens and channels of its tap"),
+        (lambda counts, rest: counts.__setitem__(0, counts[0] + 1), "are not 8 counts and as many escapes as they say"),
+        (lambda counts, rest: rest.__setitem__(-1, 0), "not the digests of the segments"),
+        (lambda counts, rest: counts.__setitem__(slice(None), counts[::-1].copy()), "not the digests of the segments"),
+    ],
+)
+def test_escapes_that_are_no_segments_or_others_are_found_out(coded, change, what):
+    name = min(name for name in files(coded) if name.startswith(f"{ESCAPES}/"))
+    counts, rest = words_of((coded / name).read_bytes())
+    change(counts, rest)
+    (coded / name).write_bytes(counts.tobytes() + rest.tobytes())
+    relist(coded, name)
+    ((where, found),) = problems(coded)
+    assert where in (name, f"digests/{name}")
+    assert what in found
+
+
+def test_escapes_without_a_list_of_digests_are_found_out(coded):
+    name = min(name for name in files(coded) if name.startswith(f"digests/{ESCAPES}/"))
+    lines = [line for line in (coded / MANIFEST).read_text().splitlines() if not line.endswith(f" {name}")]
+    (coded / MANIFEST).write_text("".join(f"{line}\n" for line in lines))
+    (coded / name).unlink()
+    assert (name, "the manifest does not list these digests") in problems(coded)
 
 
 @pytest.mark.parametrize(
@@ -469,8 +560,8 @@ def test_an_escape_that_points_outside_its_block_is_found_out(coded, axis):
         ("value", "codecs", [{"name": "bytes"}]),
     ],
 )
-def test_metadata_of_escapes_that_does_not_fit_their_lists_is_found_out(coded, part, key, value):
-    name = f"{ESCAPES}/{part}/zarr.json"
+def test_metadata_of_escapes_that_does_not_fit_their_lists_is_found_out(coded_of_format_1, part, key, value):
+    coded, name = coded_of_format_1, f"{OLD_ESCAPES}/{part}/zarr.json"
     metadata = json.loads((coded / name).read_text())
     (coded / name).write_text(json.dumps({**metadata, key: value}))
     relist(coded, name)
