@@ -162,5 +162,5 @@ def test_the_lines_of_the_specification_read_an_int8_store(monkeypatch):
         numbers, values = expected["row"].tolist(), expected["values:layers/g2x2-p1-c6"]
     for number, wanted in zip(numbers, values, strict=True):
         names = {"zarr": zarr, "number": number}
-        exec(lines, names)  # noqa: S102 # it is our own page
+        exec(lines, names)  # it is our own page
         np.testing.assert_array_equal(names["row"], wanted)
