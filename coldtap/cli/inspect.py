@@ -12,6 +12,7 @@ from coldtap.cli.measured_errors import show_errors, show_share
 from coldtap.cli.options import AsJson, FollowLinks
 from coldtap.cli.output import say
 from coldtap.stores.format.codes import describe_bound
+from coldtap.stores.format.features import CHUNK_DIGESTS
 from coldtap.stores.format.tiers import TIERS
 from coldtap.text import show_bytes
 
@@ -60,7 +61,12 @@ def _lines(about: dict[str, Any]) -> list[str]:
         lines.append(f"converted  {_origin(about)}")
     if not about["complete"]:
         return lines
-    lines += [f"digest     {about['digest']}", f"norm       {about['norm'] or 'none'}", ""]
+    lines += [
+        f"digest     {about['digest']}",
+        f"format     {_format(about)}",
+        f"norm       {about['norm'] or 'none'}",
+        "",
+    ]
     for split, of in about["splits"].items():
         augmented = f" + {of['augmented_rows']} augmented rows" if of["augmented_rows"] else ""
         lines.append(f"{split:<6} {of['samples']:>8} samples{augmented}{_labels(of.get('labels'))}")
@@ -79,6 +85,15 @@ def _state(about: dict[str, Any]) -> str:
         return f"complete, {about['n_rows']} rows"
     command = "coldtap convert" if "converted_from" in about["recorded"] else "cache-features"
     return f"incomplete: {about['finished_blocks']} blocks finished; run the same {command} command to go on"
+
+
+def _format(about: dict[str, Any]) -> str:
+    if CHUNK_DIGESTS in about["requires"]:
+        return f"{about['format']} ({', '.join(about['requires'])})"
+    return (
+        f"{about['format']}: reading does not check that a chunk lies at its own place; `coldtap verify` does, and "
+        "`coldtap convert` into the same tier makes a store of which reading does"
+    )
 
 
 def _origin(about: dict[str, Any]) -> str:

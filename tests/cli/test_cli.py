@@ -24,6 +24,7 @@ from coldtap.stores import open_store
 from coldtap.stores.format.manifest import MANIFEST
 from tests.helpers.jobs import coldtap, error_line, files, read
 from tests.helpers.pictures import encoded
+from tests.helpers.places import FIXTURES
 
 COMMANDS = (
     "cache-features",
@@ -245,6 +246,7 @@ def test_inspect_shows_recipe_splits_labels_arrays_and_ranges(store):
         "state      complete, 46 rows",
         f"address    {opened.recipe.address}",
         f"digest     {opened.digest}",
+        "format     2 (chunk-digests, escape-segments)",
         "backbone   coldtap/vit-reference  (float32, weights ",
         "input      32 × 32, bicubic, squash crop 1.0",
         "views 1, seed 0",
@@ -272,6 +274,13 @@ def test_inspect_as_json_holds_the_same_and_is_true(store):
         for tap, (low, high) in zip(taps if taps is not None else [], array["ranges"], strict=False):
             # The ranges are of the features before they were rounded to float16.
             np.testing.assert_allclose([tap.min(), tap.max()], [low, high], rtol=2**-10)
+
+
+def test_inspect_of_a_store_of_format_1_says_what_reading_does_not_check():
+    result = coldtap("inspect", FIXTURES / "float32")
+    assert "format     1: reading does not check that a chunk lies at its own place; `coldtap verify`" in result.stdout
+    about = json.loads(coldtap("inspect", FIXTURES / "float32", "--json").stdout)
+    assert (about["format"], about["requires"]) == (1, [])
 
 
 def test_inspect_of_an_incomplete_store_says_so(tmp_path, store):

@@ -37,6 +37,8 @@ def describe_store(path: Place) -> dict[str, Any]:
         "path": str(storage),
         "complete": is_complete(storage),
         "address": signed["address"],
+        "format": recipe.format,
+        "requires": list(recipe.requires),
         "recipe": {part: signed[part] for part in PARTS},
         "recorded": recorded,
         "n_bytes": storage.occupied_bytes(),
