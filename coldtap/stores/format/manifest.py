@@ -44,7 +44,7 @@ class Manifest:
         return len(self._data) // SHORTEST_LINE
 
     def find(self, name: str) -> Entry | None:
-        """The entry of a name, by bisection over the sorted lines.
+        """Return the entry of a name, by bisection over the sorted lines.
 
         Raises:
             CorruptStoreError: a line on the way is not of its form.
@@ -67,7 +67,7 @@ class Manifest:
         return None
 
     def entries(self) -> dict[str, Entry]:
-        """Every entry by name.
+        """Return every entry by name.
 
         Raises:
             CorruptStoreError: a line is not of its form, stands twice or in the wrong order, or leaves the store.
