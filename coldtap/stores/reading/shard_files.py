@@ -261,10 +261,10 @@ class ShardFile:
             start += n
 
     def _require_whole(self, row: int, chunk: int, stored: Bytes) -> None:
-        found = checksum(stored[:-CRC_BYTES])
-        if found != stored[-CRC_BYTES:].tobytes():
+        crc32c = stored[-CRC_BYTES:].tobytes()
+        if checksum(stored[:-CRC_BYTES]) != crc32c:
             raise CorruptStoreError(f"{self._where(row, chunk)}: the chunk's checksum does not hold")
-        if self.index.listed is not None and int.from_bytes(found, "little") != self.index.listed[row, chunk]:
+        if self.index.listed is not None and self.index.listed[row, chunk].tobytes() != crc32c:
             raise CorruptStoreError(
                 f"{self._where(row, chunk)}: the chunk is whole and not the one that belongs there, by the store's "
                 "list of digests; it is that of another row, tap, block, array or store: run `coldtap verify`"
