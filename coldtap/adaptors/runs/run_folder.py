@@ -126,7 +126,7 @@ def read_epochs(run: Place) -> tuple[EpochRecord, ...]:
     try:
         lines = storage.get(EPOCHS).decode().splitlines()
         return tuple(_epoch(line) for line in csv.DictReader(lines))
-    except (OSError, ValueError, KeyError, TypeError, CorruptStoreError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, CorruptStoreError) as error:
         where = storage.describe(EPOCHS)
         raise RunError(f"{where} cannot be read ({error}): train again into another `out`") from error
 

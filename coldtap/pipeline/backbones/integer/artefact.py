@@ -63,6 +63,17 @@ class About:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """What an artefact says of a quantised layer: bits, shape of its codes, range of its input, window."""
+
+    scheme: str
+    shape: tuple[int, ...]
+    input_scale: float
+    input_zero: int
+    window: Window | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Artefact:
     """A quantised backbone in a file.
 
@@ -79,7 +90,7 @@ class Artefact:
     digest: str
     n_bytes: int
     tensors: Mapping[str, Tensor]
-    layers: Mapping[str, Mapping[str, Any]]
+    layers: Mapping[str, LayerRecord]
     strides: Mapping[str, int]
 
     def identity(self) -> dict[str, str]:
@@ -153,12 +164,20 @@ def read_artefact(path: Path) -> Artefact:
         said = parse_json(safetensors_header(data)["__metadata__"][KEY])
         if (found := said.pop("format")) != FORMAT:
             raise ModelError(f"{path} has format {found}; this version of coldtap reads {FORMAT}")
-        layers, strides, about = said.pop("layers"), said.pop("qwt_strides"), require_types(About(**said))
+        layers = {name: _layer_record(record) for name, record in said.pop("layers").items()}
+        strides = {block: int(stride) for block, stride in said.pop("qwt_strides").items()}
+        about = require_types(About(**said))
+        Preprocess.from_dict(about.preprocess)
     except (safetensors.SafetensorError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{path} is no artefact of `coldtap quantize` ({type(error).__name__}: {error})") from error
     return Artefact(
         about=about, digest=sha256(data), n_bytes=len(data), tensors=tensors, layers=layers, strides=strides
     )
+
+
+def _layer_record(record: Mapping[str, Any]) -> LayerRecord:
+    window = record["window"] and Window(**{key: tuple(pair) for key, pair in record["window"].items()})
+    return require_types(LayerRecord(**{**record, "shape": tuple(record["shape"]), "window": window}))
 
 
 def restore_into(model: nn.Module, artefact: Artefact, path: Path) -> None:
@@ -182,23 +201,22 @@ def restore_into(model: nn.Module, artefact: Artefact, path: Path) -> None:
             raise ModelError(f"it lacks {min(odd)}")
         for name, value in rest.items():
             _set(model, name, value)
-    except (ModelError, AttributeError, KeyError, ValueError) as error:
+    except (ModelError, AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ModelError(
             f"{path} is of {artefact.about.architecture} and does not fit {type(model).__name__} "
             f"({error}): give the model that it was made of"
         ) from error
 
 
-def _layer(name: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> QuantisedLayer:
-    scheme = Scheme.parse(said["scheme"])
-    window = said["window"]
+def _layer(name: str, said: LayerRecord, tensors: Mapping[str, Tensor]) -> QuantisedLayer:
+    scheme = Scheme.parse(said.scheme)
     layer = QuantisedLayer(
-        codes=unpack(tensors[f"codes/{name}"], scheme.weight_bits, tuple(said["shape"])),
+        codes=unpack(tensors[f"codes/{name}"], scheme.weight_bits, said.shape),
         weight_scale=tensors[f"weight_scale/{name}"],
         bias=tensors.get(f"bias/{name}"),
-        input=ActivationRange(scale=said["input_scale"], zero=said["input_zero"]),
+        input=ActivationRange(scale=said.input_scale, zero=said.input_zero),
         scheme=scheme,
-        window=window and Window(**{key: (pair[0], pair[1]) for key, pair in window.items()}),
+        window=said.window,
     )
     if (scale := tensors.get(f"cwac.scale/{name}")) is not None:
         offset = tensors[f"cwac.offset/{name}"]

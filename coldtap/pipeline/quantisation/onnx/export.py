@@ -231,7 +231,7 @@ def _random_pixels(backbone: Backbone, batch: int) -> Tensor:
 
 
 def _require_eight_bits(artefact: Artefact, path: Path) -> None:
-    others = {name: said["scheme"] for name, said in artefact.layers.items() if said["scheme"] != SCHEME}
+    others = {name: said.scheme for name, said in artefact.layers.items() if said.scheme != SCHEME}
     if others:
         name, scheme = next(iter(others.items()))
         more = f", as have {len(others) - 1} other layers" if len(others) > 1 else ""
