@@ -89,13 +89,13 @@ class Predictor:
         return cls(backbone=backbone, adaptor=module.to(backbone.device), info=info)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """What the adaptor reads, in float32, from (batch, channel, height, width) uint8 pixels."""
+        """Return what the adaptor reads, in float32, from (batch, channel, height, width) uint8 pixels."""
         needed = self.info.features
         parts = [part.values.float() for part in gather(self.backbone(pixels), [needed])]
         return torch.stack(parts, dim=1) if GATHERS[needed.gather].has_tap_axis else parts[0]
 
     def predict(self, images: Source, samples: Sequence[int], batch_size: int) -> Iterator[tuple[int, Answer | str]]:
-        """What is said of each sample, or why its image cannot be used."""
+        """Yield what is said of each sample, or why its image cannot be used."""
         preprocess = self.backbone.preprocess
         with Decoder(
             source=images, preprocess=preprocess, batch_size=batch_size, n_threads=N_DECODE_THREADS
@@ -126,11 +126,11 @@ class Predictor:
         return self.info.target_kind == "class" and self.info.settings.target == "label"
 
     def name_of(self, label: int) -> str:
-        """A class's name, or its number where names are not known."""
+        """Return a class's name, or its number where names are not known."""
         return self.info.class_names[label] if self.info.class_names else str(label)
 
     def is_right(self, label: int, listing: Listing, index: int) -> bool:
-        """Whether a prediction is the sample's label: by name where both sides have names."""
+        """Return whether a prediction is the sample's label: by name where both sides have names."""
         assert listing.targets is not None
         target = listing.targets[index]
         if listing.class_names and self.info.class_names:

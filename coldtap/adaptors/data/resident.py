@@ -76,7 +76,7 @@ class _OutlyingByRow:
         self._value = np.concatenate([outlying.value for outlying in found])[order]
 
     def of(self, places: Rows) -> OutlyingValues:
-        """The outlying values of a batch of rows, by position in the batch."""
+        """Return the outlying values of a batch of rows, by position in the batch."""
         starts = self._starts[places]
         counts = self._starts[places + 1] - starts
         ends = np.cumsum(counts)

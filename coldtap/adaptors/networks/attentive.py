@@ -64,7 +64,7 @@ class AttentiveProbe(nn.Module):
         return logits
 
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the queries see of the tokens (batch, token, channel), side by side: (batch, width)."""
+        """Return what the queries see of the tokens (batch, token, channel), side by side: (batch, width)."""
         x = self.norm(tokens[:, self.first :])
         weights = torch.softmax(x @ (self.scale * self.queries).T, dim=1)  # (batch, token, query)
         values = self.values(x).unflatten(-1, (len(self.queries), -1))  # (batch, token, query, width / query)

@@ -53,7 +53,7 @@ class FeatureSpec:
         return GATHERS[self.gather].row_shape(self.geometry, len(self.taps))
 
     def to_dict(self) -> dict[str, Any]:
-        """The specification as JSON, for `run.json`."""
+        """Return the specification as JSON, for `run.json`."""
         norm = None if self.final_norm is None else dataclasses.asdict(self.final_norm)
         fields = {"array": self.array, "gather": self.gather, "taps": list(self.taps), "depth": self.depth}
         return {**fields, "geometry": self.geometry.to_dict(), "final_norm": norm}

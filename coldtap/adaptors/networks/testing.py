@@ -189,15 +189,15 @@ class AdaptorTests:
         torch.testing.assert_close(exported(few), module(few), rtol=1e-4, atol=1e-4)
 
     def parsed(self, setting: Mapping[str, object]) -> Any:
-        """The options of a setting."""
+        """Return the options of a setting."""
         return parse_options(self.kind.options, setting, adaptor=self.kind.name)
 
     def planned(self, store: Store, setting: Mapping[str, object]) -> tuple[FeatureSpec, Any]:
-        """What the adaptor reads of the store with a setting, and the options settled."""
+        """Return what the adaptor reads of the store with a setting, and the options settled."""
         return self.kind.plan(store, self.parsed(setting))
 
     def built(self, store: Store, setting: Mapping[str, object]) -> tuple[FeatureSpec, nn.Module]:
-        """The network of a setting, every parameter moved away from its start: zeros would hide what it does."""
+        """Return the network of a setting, every parameter moved away from its start: zeros would hide what it does."""
         spec, options = self.planned(store, setting)
         module = self.kind.build(spec, options, n_classes=N_CLASSES)
         copy_final_norm(module, store.norm)

@@ -43,7 +43,7 @@ class Point:
 
 
 def choose_split(runs: Sequence[RunReport]) -> str | None:
-    """The split to compare on: val, on which choices are made, where a run has it; else test where all have that."""
+    """Return the split to compare on: val, on which choices are made, where a run has it; else test, if all have it."""
     if any("val" in run.splits for run in runs):
         return "val"
     return "test" if all("test" in run.splits for run in runs) else None
@@ -72,7 +72,7 @@ def draw_cost(cost: Cost, points: Sequence[Point], split: str) -> Markup | None:
 
 
 def draw_key(look: int) -> Markup:
-    """The mark of an adaptor alone, for a legend; the words beside it say the rest."""
+    """Return the mark of an adaptor alone, for a legend; the words beside it say the rest."""
     mark = element("g", shape(look, 8, 8), class_=f"look{look % N_LOOKS}")
     return element("svg", mark, viewBox="0 0 16 16", class_="key", aria_hidden="true")
 

@@ -30,7 +30,7 @@ def draw_losses(run: RunReport) -> Markup:
 
 
 def draw_scores(run: RunReport) -> Markup | None:
-    """The deciding score on val, with the epoch that was kept; None where there is no val."""
+    """Return the deciding score on val, with the epoch that was kept; None where there is no val."""
     val = [(float(point.epoch), point.val_score) for point in run.epochs if point.val_score is not None]
     if not val:
         return None

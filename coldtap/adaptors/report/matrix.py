@@ -29,7 +29,7 @@ class Pair:
 
 
 def confused_pairs(outcome: Outcome) -> list[Pair]:
-    """The most frequent mistakes."""
+    """Return the most frequent mistakes."""
     if outcome.confusion is None:
         return []
     triples = zip(
@@ -47,7 +47,7 @@ def confused_pairs(outcome: Outcome) -> list[Pair]:
 
 
 def draw_matrix(outcome: Outcome) -> tuple[Markup, bool] | None:
-    """The matrix, and whether it is wider than a phone; None where there are too many classes."""
+    """Return the matrix, and whether it is wider than a phone; None where there are too many classes."""
     n = len(outcome.class_names)
     if outcome.confusion is None or n > MAX_CLASSES:
         return None

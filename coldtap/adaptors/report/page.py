@@ -156,7 +156,7 @@ class _ByteBudget:
         self.n_bytes = n_bytes
 
     def take(self, image: bytes | None) -> str | None:
-        """The image as a data URI, while there is room."""
+        """Return the image as a data URI, while there is room."""
         if image is None or len(image) > self.n_bytes:
             return None
         self.n_bytes -= len(image)

@@ -21,13 +21,13 @@ class Refit:
 
 
 def refits_of(runs: Sequence[RunReport]) -> list[Refit]:
-    """The refitted settings among runs, in the order of `by_setting`."""
+    """Return the refitted settings among runs, in the order of `by_setting`."""
     groups = (group for group in by_setting(runs) if group[0].is_refit)
     return [Refit(runs=group, searched=searched_of(group[0], runs)) for group in groups]
 
 
 def refit_of_best(best: Sequence[RunReport], refits: Sequence[Refit]) -> Refit | None:
-    """The refit of the best setting; without a search the only one, since of several none may be chosen on test.
+    """Return the refit of the best setting; without a search the only one, since of several none may be chosen on test.
 
     None where it has no score on test, or a seed has failed.
     """

@@ -23,19 +23,19 @@ def element(name: str, *children: Markup | str, **attributes: object) -> Markup:
 
 
 def picture(width: float, height: float, *children: Markup, title: str, class_: str = "plot") -> Markup:
-    """An SVG image of a size in user units; `title` is what those hear who do not see it."""
+    """Return an SVG image of a size in user units; `title` is what those hear who do not see it."""
     return element(
         "svg", *children, viewBox=f"0 0 {_short(width)} {_short(height)}", role="img", aria_label=title, class_=class_
     )
 
 
 def text(x: float, y: float, content: str, *, anchor: str = "start", class_: str = "tick") -> Markup:
-    """A line of text at its baseline."""
+    """Return a line of text at its baseline."""
     return element("text", content, x=x, y=y, text_anchor=anchor, class_=class_)
 
 
 def line(points: Iterable[tuple[float, float]], *, class_: str) -> Markup:
-    """A line through points."""
+    """Return a line through points."""
     return element("polyline", points=" ".join(f"{_short(x)},{_short(y)}" for x, y in points), class_=class_)
 
 
@@ -71,7 +71,7 @@ class Axis:
 def fit_axis(
     values: Sequence[float], *, start: float, end: float, floor: float | None = None, may_log: bool = False
 ) -> Axis:
-    """An axis around values, with a little room; from `floor` on where one is given.
+    """Return an axis around values, with a little room; from `floor` on where one is given.
 
     By logarithm where `may_log` and the values span a factor of eight.
     """

@@ -31,13 +31,13 @@ def by_setting(runs: Sequence[RunReport]) -> list[tuple[RunReport, ...]]:
 
 
 def best_setting(runs: Sequence[RunReport]) -> tuple[RunReport, ...]:
-    """The runs of the setting that val chooses; none where no run has val, or every setting has a failed seed."""
+    """Return the runs of the setting that val chooses; none if no run has val, or every setting has a failed seed."""
     first = by_setting(runs)[0]
     return first if mean_score(first, "val") is not None and not first[0].failed_seeds else ()
 
 
 def searched_of(refit: RunReport, runs: Sequence[RunReport]) -> tuple[RunReport, ...]:
-    """The runs that differ from a refit by their seeds and by not having learnt from val: by these it was chosen."""
+    """Return the runs by which a refit was chosen: they differ in their seeds and in not having learnt from val."""
     wanted = _setting(refit, fit="train")
     return tuple(run for run in runs if _setting(run) == wanted)
 
@@ -48,13 +48,13 @@ def _setting(run: RunReport, **changed: str) -> str:
 
 
 def mean_score(runs: Sequence[RunReport], split: str) -> float | None:
-    """The mean of the deciding score; None where a run has none on the split."""
+    """Return the mean of the deciding score; None where a run has none on the split."""
     scores = scores_on(runs, split)
     return statistics.mean(scores) if scores else None
 
 
 def show_scores(runs: Sequence[RunReport], split: str) -> str:
-    """The mean score of the runs of a setting, with its standard deviation where there are several: `58.2 ± 0.4 %`."""
+    """Return the mean score of the runs of a setting, with its deviation where there are several: `58.2 ± 0.4 %`."""
     scores = scores_on(runs, split)
     if len(scores) < 2:
         return show_percent(scores[0] if scores else None)
@@ -62,7 +62,7 @@ def show_scores(runs: Sequence[RunReport], split: str) -> str:
 
 
 def scores_on(runs: Sequence[RunReport], split: str) -> list[float]:
-    """The deciding score of each run on a split, as fractions; none where a run lacks it."""
+    """Return the deciding score of each run on a split, as fractions; none where a run lacks it."""
     return [run.splits[split].score for run in runs] if all(split in run.splits for run in runs) else []
 
 

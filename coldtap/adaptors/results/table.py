@@ -59,7 +59,7 @@ class Score:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Score":
-        """Of the scores of some seeds."""
+        """Return the score of some seeds."""
         mean, deviation = mean_and_deviation(values)
         return cls(mean=mean, deviation=deviation)
 

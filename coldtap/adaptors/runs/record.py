@@ -83,7 +83,7 @@ class RunInfo:
         return self.settings.extractor_digest
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `run.json`."""
+        """Return the content of `run.json`."""
         fields = dataclasses.asdict(self)
         fields["features"] = self.features.to_dict()
         fields["class_names"] = None if self.class_names is None else list(self.class_names)

@@ -104,7 +104,7 @@ class ChannelAffine:
 
 
 def fit_affine(moments: ChannelMoments, *, ridge: float = RIDGE) -> ChannelAffine:
-    """The least-squares map of each channel, drawn towards the identity.
+    """Return the least-squares map of each channel, drawn towards the identity.
 
     scale = (xy + λ) / (xx + λ) and offset = mean_y − scale · mean_x, with λ = `ridge` · yy of the same channel, so that
     a channel's map depends neither on its unit nor on the other channels. It is between least squares and the identity,
@@ -122,7 +122,7 @@ def fit_affine(moments: ChannelMoments, *, ridge: float = RIDGE) -> ChannelAffin
 
 
 def fit_gated_affine(folds: Sequence[ChannelMoments], *, ridge: float = RIDGE) -> ChannelAffine:
-    """The map from all folds, in the channels where it lowers the error of folds that it was not fitted on.
+    """Return the map from all folds, in the channels where it lowers the error of folds that it was not fitted on.
 
     Elsewhere it is the identity. A gate on the data of the fit would never close: least squares cannot do worse there.
 

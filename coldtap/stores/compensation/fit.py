@@ -235,7 +235,7 @@ class _Pairs:
         )
 
     def of_fold(self, fold: int, piece_rows: int) -> Iterator[tuple[Rows, Rows]]:
-        """The rows of a fold, a few at a time, in both stores."""
+        """Yield the rows of a fold, a few at a time, in both stores."""
         at = np.flatnonzero(self.folds == fold)
         for start in range(0, len(at), piece_rows):
             some = at[start : start + piece_rows]

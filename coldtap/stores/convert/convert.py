@@ -162,7 +162,7 @@ class _ToOtherTier(Making):
         return writer.finish(ids, sources.__getitem__, targets, compensations)
 
     def report(self, storage: Storage, ended: Ended | None = None) -> ConvertReport:
-        """The report; of a store that is there, with what it has recorded."""
+        """Return the report; of a store that is there, with what it has recorded."""
         there = open_store(storage) if ended is None or ended.digest else None
         errors = there.recorded.get("errors", {}) if there else ended.calibration.errors if ended else {}
         before, after = self.source.recipe.encoding.scales, self.recipe.encoding.scales

@@ -40,7 +40,7 @@ class Origin:
 
 
 def row_plan(source: Store, block_rows: int) -> RowPlan:
-    """The rows of a store in blocks of another size; samples are numbered in row order."""
+    """Return the rows of a store in blocks of another size; samples are numbered in row order."""
     first, order = 0, {}
     for segment in source.segments:
         if segment.view == 0:
@@ -50,7 +50,7 @@ def row_plan(source: Store, block_rows: int) -> RowPlan:
 
 
 def origin_of(source: Store, plan: RowPlan, block: int) -> Origin:
-    """Where the rows of a block come from.
+    """Return where the rows of a block come from.
 
     Raises:
         CorruptStoreError: a journal line of the old store is not what its manifest says.

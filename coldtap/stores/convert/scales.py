@@ -20,7 +20,7 @@ from coldtap.stores.writing.calibration import COMPRESSED_ROWS, Calibration, Cal
 
 
 def first_rows(source: Store, n_rows: int) -> Rows:
-    """The first present rows of the first (split, view) that has any."""
+    """Return the first present rows of the first (split, view) that has any."""
     for segment in source.segments:
         rows = source.rows(segment.split, segment.view)
         if len(rows):

@@ -145,7 +145,7 @@ class _Values:
         return cls(flat=flat, starts=np.cumsum([0, *(numbers.size for numbers in each)]), grid=grid)
 
     def take(self, lines: Integers, kind: TargetKind) -> pa.Array:
-        """The targets of some samples, as Arrow keeps them."""
+        """Return the targets of some samples, as Arrow keeps them."""
         places, counts = places_in(self.starts, lines)
         if kind == "class":
             return pa.array(self.flat[places])

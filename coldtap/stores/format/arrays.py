@@ -86,7 +86,7 @@ class ArraySpec:
         return prod(self.row_shape) * self.dtype.itemsize
 
     def shard_key(self, block: int) -> str:
-        """The shard's path in `features.zarr` (Zarr v3, default chunk key encoding)."""
+        """Return the shard's path in `features.zarr` (Zarr v3, default chunk key encoding)."""
         return f"{self.name}/c/{block}" + "/0" * len(self.row_shape)
 
 

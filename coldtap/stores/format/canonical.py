@@ -24,7 +24,7 @@ def readable_json(value: Any) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON text that anyone may have written.
+    """Return the value of a JSON text that anyone may have written.
 
     Raises:
         ValueError: it is not JSON, or nested too deeply.

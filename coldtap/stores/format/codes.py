@@ -79,7 +79,7 @@ class ErrorBound:
         return 2 * self.max_error
 
     def to_dict(self) -> dict[str, Any]:
-        """The bound and the rule that makes scales from it, as the recipe keeps them."""
+        """Return the bound and the rule that makes scales from it, as the recipe keeps them."""
         stated = (
             {"snr_db": self.snr_db, "margin_db": SNR_MARGIN_DB}
             if self.snr_db is not None
@@ -225,14 +225,14 @@ def restore_codes(codes: Array, out: Floats, scaling: Scaling) -> None:
 
 
 def bound_of(scaling: Scaling) -> Array:
-    """The largest error (tap, channel) that any restored value may have: step / 2, in float64."""
+    """Return the largest error (tap, channel) that any restored value may have: step / 2, in float64."""
     return scaling.scale.astype(np.float64) / SCALE_OF_STEP / 2
 
 
 def measure_errors(
     values: Floats, scaling: Scaling, *, prefix_tokens: int, counted: Array | None = None
 ) -> list[dict[str, Any]]:
-    """What the codes lose, a tap: the worst channel, prefix and patch tokens apart.
+    """Return what the codes lose, a tap: the worst channel, prefix and patch tokens apart.
 
     The signal of a channel is its robust variance over all tokens of these values.
 
@@ -258,7 +258,7 @@ def measure_errors(
 def worst_channels(
     values: Floats, restored: Floats, *, prefix_tokens: int, counted: Array | None = None
 ) -> list[dict[str, Any]]:
-    """The worst channel of every tap, prefix and patch tokens apart.
+    """Return the worst channel of every tap, prefix and patch tokens apart.
 
     Args:
         values: (row, tap, token, channel) as they were.
@@ -296,12 +296,12 @@ def _worst(error: Array, variance: Array) -> dict[str, Any]:
 
 
 def scaling_of_taps(scaling: Scaling, places: Sequence[int]) -> Scaling:
-    """The scaling of some taps, in the order given."""
+    """Return the scaling of some taps, in the order given."""
     return Scaling(scale=scaling.scale[[*places]], offset=scaling.offset[[*places]])
 
 
 def describe_bound(scales: Mapping[str, Any]) -> str:
-    """A recipe's bound in words, such as `30 dB in every channel`."""
+    """Return a recipe's bound in words, such as `30 dB in every channel`."""
     if "snr_db" in scales:
         return f"{scales['snr_db']:g} dB in every channel"
     return f"every error at most {scales['max_error']:g} standard deviations"

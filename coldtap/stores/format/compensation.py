@@ -32,7 +32,7 @@ class TapMaps:
     offset: Floats
 
     def of_places(self, places: list[int]) -> "TapMaps":
-        """The maps of some taps, by their places along the tap axis, in the order given."""
+        """Return the maps of some taps, by their places along the tap axis, in the order given."""
         return TapMaps(scale=self.scale[places], offset=self.offset[places])
 
 
@@ -57,14 +57,14 @@ def compensation_file(name: str) -> str:
 
 
 def compensation_bytes(maps: Mapping[str, TapMaps], fitted: Mapping[str, Any]) -> bytes:
-    """The bytes of a compensation's file: equal maps and equal records give equal bytes."""
+    """Return the bytes of a compensation's file: equal maps and equal records give equal bytes."""
     tensors = {f"{array}/{part}": getattr(of, part) for array, of in maps.items() for part in ("scale", "offset")}
     # One key of metadata alone: safetensors keeps several in no fixed order.
     return save(tensors, {"coldtap": canonical_json(fitted).decode()})
 
 
 def parse_compensation(data: bytes, name: str, arrays: Mapping[str, ArraySpec], where: str) -> Compensation:
-    """A compensation from its file.
+    """Return a compensation from its file.
 
     Args:
         data: the file's bytes.

@@ -116,7 +116,7 @@ def _opened(data: bytes, n_bytes: int, where: str) -> bytearray:
 
 
 def longest_list(keys: Mapping[str, Any], spec: ArraySpec) -> int:
-    """The number of chunks of the longest list among the files of one or more blocks."""
+    """Return the number of chunks of the longest list among the files of one or more blocks."""
     prefix = f"{FEATURES}/escapes/{spec.name}/position/c/"
     numbers = [int(key.removeprefix(prefix).split("/")[1]) for key in keys if key.startswith(prefix)]
     return max(numbers, default=-1) + 1

@@ -49,7 +49,7 @@ class JournalLine:
     environment: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """The line as JSON."""
+        """Return the line as JSON."""
         return asdict(self)
 
     @classmethod

@@ -30,7 +30,7 @@ def static_files(
     numbers: Mapping[str, Numbers],
     norm: FinalNorm | None,
 ) -> dict[str, bytes]:
-    """Every file of `features.zarr` that is there before the first block, by its path under the store."""
+    """Return every file of `features.zarr` that is there before the first block, by its path under the store."""
     memory = MemoryStore()
     root = zarr.create_group(memory, attributes={"coldtap": recipe.to_dict()})
     for spec in specs:
@@ -43,7 +43,7 @@ def static_files(
 
 
 def escape_files(specs: Sequence[ArraySpec], n_blocks: int, n_chunks: Mapping[str, int]) -> dict[str, bytes]:
-    """The metadata of the arrays of escapes, whose length is known when every block is done.
+    """Return the metadata of the arrays of escapes, whose length is known when every block is done.
 
     Args:
         specs: the int8 arrays.

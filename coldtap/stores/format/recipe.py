@@ -159,13 +159,13 @@ def _require_digests(record: Mapping[str, Any], where: str) -> None:
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """Each field that differs between two recipes, as `part.field: old → new`."""
+    """Return each field that differs between two recipes, as `part.field: old → new`."""
     before, after = old.parts, new.parts
     return [line for part in PARTS for line in _differ(part, before[part], after[part])]
 
 
 def differing_fields(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Each field that differs between two extractors, as `field: old → new`."""
+    """Return each field that differs between two extractors, as `field: old → new`."""
     return [line.removeprefix("extractor.") for line in _differ("extractor", old, new)]
 
 

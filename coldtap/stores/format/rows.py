@@ -44,7 +44,7 @@ class Segment:
 
 
 def segments_of(splits: Mapping[str, int], views: int, block_rows: int) -> tuple[Segment, ...]:
-    """Every (split, view) in row order: view 0 of each split, then the other views of train.
+    """Return every (split, view) in row order: view 0 of each split, then the other views of train.
 
     Args:
         splits: planned samples a split.
@@ -140,7 +140,7 @@ class RowPlan:
         return digest.hexdigest()
 
     def block(self, number: int) -> list[Row]:
-        """The planned rows of a block; its padding has none."""
+        """Return the planned rows of a block; its padding has none."""
         segment = next(segment for segment in reversed(self.segments) if segment.first_block <= number)
         start = (number - segment.first_block) * self.block_rows
         samples = self.order[segment.split][start : start + self.block_rows]
@@ -148,7 +148,7 @@ class RowPlan:
         return [Row(number=base + i, sample=s, split=segment.split, view=segment.view) for i, s in enumerate(samples)]
 
     def first_rows(self, n_rows: int) -> list[Row]:
-        """The first rows of the first (split, view), as many as there are up to `n_rows`."""
+        """Return the first rows of the first (split, view), as many as there are up to `n_rows`."""
         first = self.segments[0]
         n_blocks = -(-min(n_rows, first.n_samples) // self.block_rows)
         return [row for number in range(n_blocks) for row in self.block(number)][:n_rows]

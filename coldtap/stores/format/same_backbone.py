@@ -9,7 +9,7 @@ ARITHMETIC = ("quantisation", "precision")
 
 
 def differences_beyond_arithmetic(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Each field but quantisation and precision that differs between two extractors, as `field: old → new`."""
+    """Return each field but quantisation and precision that differs between two extractors, as `field: old → new`."""
     return differing_fields(_without_arithmetic(old), _without_arithmetic(new))
 
 

@@ -52,7 +52,7 @@ def targets_bytes(
     grid: tuple[int, int] | None = None,
     order: str | None = None,
 ) -> bytes:
-    """The Parquet bytes of a targets table.
+    """Return the Parquet bytes of a targets table.
 
     Args:
         ids: sample ids.
@@ -118,7 +118,7 @@ class Targets:
         return len(self.class_names) if self.class_names else int(self.values.max(initial=-1)) + 1
 
     def of(self, lines: Integers) -> np.ndarray[Any, Any]:
-        """The targets of some lines: (line,) int64; labels (line, class) bool; token classes (line, patch) int64."""
+        """Return targets of lines: (line,) int64; labels (line, class) bool; token classes (line, patch) int64."""
         if self.starts is not None:
             return self._labels_of(self.starts, lines)
         if self.kind == "token-class":
@@ -137,7 +137,7 @@ class Targets:
 
 
 def places_in(starts: Integers, lines: Integers) -> tuple[Integers, Integers]:
-    """Where the values of some lines stand, one line after another, and how many each line has."""
+    """Return where the values of some lines stand, one line after another, and how many each line has."""
     counts = starts[lines + 1] - starts[lines]
     ends = np.cumsum(counts)
     return np.arange(counts.sum()) + np.repeat(starts[lines] - ends + counts, counts), counts

@@ -1,5 +1,6 @@
 """Reading the journal, and from it which blocks are there."""
 
+from coldtap.errors import CorruptStoreError
 from coldtap.stores.format.journal import JournalLine, journal_name, parse_line
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
@@ -29,4 +30,7 @@ def _is_finished(storage: Storage, block: int) -> bool:
     if line is None:
         return False
     found = ((storage.stat(name), file) for name, file in line.files.items())
-    return all(there is not None and there.n_bytes == file.n_bytes for there, file in found)
+    try:
+        return all(there is not None and there.n_bytes == file.n_bytes for there, file in found)
+    except CorruptStoreError:  # a link, a pipe, or no name of a file at all
+        return False

@@ -49,7 +49,7 @@ class PresentRows:
         return np.concatenate([self.of(split, view) for split, view in self._segments])
 
     def sample_numbers(self, rows: Rows) -> Rows:
-        """The number of each row's sample, counted over the splits in row order: views of a sample share it.
+        """Return the number of each row's sample, counted over the splits in row order: views of a sample share it.
 
         Args:
             rows: present rows.
@@ -64,7 +64,7 @@ class PresentRows:
         return np.asarray(rows[~planned | self._are_rejected(rows)])
 
     def lines(self, rows: Rows) -> Rows:
-        """The line of each present row in a table of all present rows."""
+        """Return the line of each present row in a table of all present rows."""
         segment, offset = self._located(rows)
         return np.asarray(self._first_lines[segment] + offset - np.searchsorted(self._rejected, rows))
 

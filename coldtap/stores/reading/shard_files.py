@@ -348,7 +348,7 @@ class ShardFiles:
         self._turn = threading.Lock()
 
     def open(self, spec: ArraySpec, block: int) -> ShardFile:
-        """The open shard of a block.
+        """Return the open shard of a block.
 
         Raises:
             CorruptStoreError: the file is missing or its index is damaged.

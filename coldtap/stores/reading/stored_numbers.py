@@ -45,7 +45,7 @@ def read_feature(storage: Storage) -> Read:
 
 
 def read_numbers(read: Read, spec: ArraySpec, features: str) -> Numbers:
-    """How one array keeps its values; errors name the file under `features`.
+    """Return how one array keeps its values; errors name the file under `features`.
 
     Raises:
         CorruptStoreError: a file is missing, or not what the recipe says.
@@ -63,7 +63,7 @@ def _is_exponent(value: object) -> bool:
 
 
 def read_metadata(read: Read, name: str, features: str) -> dict[str, Any]:
-    """The `zarr.json` of an array or group; errors name the file under `features`.
+    """Return the `zarr.json` of an array or group; errors name the file under `features`.
 
     Raises:
         CorruptStoreError: it is missing or not of its form.

@@ -196,7 +196,7 @@ def etag_of(about: os.stat_result) -> str:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where a file is until it is whole; what a killed process leaves there, the next one replaces."""
+    """Return where a file is until it is whole; what a killed process leaves there, the next one replaces."""
     return path.with_name(path.name + TEMPORARY_SUFFIX)
 
 

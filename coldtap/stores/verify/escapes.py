@@ -21,7 +21,7 @@ COMPARED = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_valu
 def escape_problems(
     store: Store, array: StoredArray, entries: Mapping[str, Entry], damaged: Set[str]
 ) -> Iterator[Problem]:
-    """What is wrong with the escapes of one array.
+    """Yield what is wrong with the escapes of one array.
 
     Args:
         store: an open store.

@@ -33,7 +33,7 @@ def shard_problems(
     entries: Mapping[str, Entry],
     read_digests: ReadDigests | None,
 ) -> Iterator[Problem]:
-    """What is wrong with a shard: its index, its chunks' checksums and digests, its own digest.
+    """Yield what is wrong with a shard: its index, its chunks' checksums and digests, its own digest.
 
     Args:
         storage: of the store.

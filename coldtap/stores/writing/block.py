@@ -77,7 +77,7 @@ class ArrayBuffer:
             )
 
     def take_escapes(self, block: int, present: Mask) -> Escapes:
-        """The escapes of present rows, ascending, rows counted from the array's first; leaves none behind."""
+        """Return the escapes of present rows, ascending, rows counted from the array's first; leaves none behind."""
         position = np.concatenate([np.empty((0, 4), np.uint32), *(escapes.position for escapes in self._escapes)])
         value = np.concatenate([np.empty(0, np.float32), *(escapes.value for escapes in self._escapes)])
         self._escapes.clear()

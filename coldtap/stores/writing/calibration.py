@@ -56,7 +56,7 @@ class CalibrationSamples:
 
     @staticmethod
     def rows_needed(specs: Sequence[ArraySpec], bound: ErrorBound | None) -> int:
-        """Rows that fix the scales, and those on which the errors are measured."""
+        """Return rows that fix the scales, and those on which the errors are measured."""
         return calibration_rows(specs) + (HELD_OUT_ROWS if bound else 0)
 
     @property
@@ -66,7 +66,7 @@ class CalibrationSamples:
         return min(self._n_calibration, -(-n_rows * 2 // 3) if self._bound else n_rows)
 
     def tokens(self, spec: ArraySpec, row: int) -> list[int]:
-        """The tokens of a row of which `add` wants the values."""
+        """Return the tokens of a row of which `add` wants the values."""
         prefix, tokens = spec.geometry.prefix_tokens, spec.geometry.tokens
         drawn = np.random.default_rng(row).permutation(tokens - prefix)[: self._n_patches(spec)]
         return [*range(prefix), *sorted((prefix + drawn).tolist())]
@@ -95,7 +95,7 @@ class CalibrationSamples:
             self._values[array][place].append(values)
 
     def numbers(self) -> dict[str, Numbers]:
-        """How the values of each array are to be kept."""
+        """Return how the values of each array are to be kept."""
         return {name: self._numbers(spec) for name, spec in self._specs.items()}
 
     def _numbers(self, spec: ArraySpec) -> Numbers:
@@ -119,7 +119,7 @@ class CalibrationSamples:
         return values[finite], counted[finite]
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
-        """Of each int8 array, what its codes lose on the rows after those of the scales; empty where there is none."""
+        """Return what the codes of each int8 array lose on the rows after those of the scales; empty without such arrays."""
         return {name: self._errors(spec) for name, spec in self._specs.items() if spec.kept_as.is_coded}
 
     def _errors(self, spec: ArraySpec) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ class CalibrationSamples:
         return measure_errors(held, self._scaling(spec), prefix_tokens=prefix, counted=counted)
 
     def compressed(self) -> dict[str, float]:
-        """Of each `compact` array, the share of its codes' bytes that zstd leaves, from the sampled tokens."""
+        """Return of each `compact` array, the share of its codes' bytes that zstd leaves, from the sampled tokens."""
         return {name: self._compressed(spec) for name, spec in self._specs.items() if spec.layout == "compact"}
 
     def _compressed(self, spec: ArraySpec) -> float:

@@ -5,7 +5,7 @@ A kind of job (extraction, conversion) is a `Making`: it says how rows are made,
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from coldtap.stores.storage.contract import Storage
 from coldtap.stores.writing.calibration import Calibration
 from coldtap.stores.writing.forecast import Forecast, forecast, require_space
 from coldtap.stores.writing.reporting import Reporter
+from coldtap.stores.writing.resume import intact_blocks
 from coldtap.stores.writing.stopping import stop_on_signals
 from coldtap.stores.writing.writer import StoreWriter
 
@@ -133,7 +134,8 @@ def write_store(found: Found, making: Making, reporter: Reporter, *, dry_run: bo
     """
     storage = found.storage
     calibration = making.calibrate(storage)
-    todo, ahead = _look_ahead(found, making, calibration, reporter)
+    done = _done_before(found, making, reporter, by_digest=not dry_run)
+    todo, ahead = _look_ahead(found, making, calibration, done, reporter)
     if dry_run:
         return Ended(calibration=calibration, ahead=ahead)
     require_space(storage, ahead)
@@ -155,12 +157,20 @@ def write_store(found: Found, making: Making, reporter: Reporter, *, dry_run: bo
         return Ended(calibration=calibration, ahead=ahead, digest=making.finish(writer))
 
 
+def _done_before(found: Found, making: Making, reporter: Reporter, *, by_digest: bool) -> set[int]:
+    """The blocks that an earlier call has finished; a forecast takes them by their size."""
+    if not found.recipe:
+        return set()
+    if by_digest:
+        return set(intact_blocks(found.storage, making.specs, making.rows, reporter))
+    return set(finished_blocks(found.storage, making.rows.n_blocks))
+
+
 def _look_ahead(
-    found: Found, making: Making, calibration: Calibration, reporter: Reporter
+    found: Found, making: Making, calibration: Calibration, done: Set[int], reporter: Reporter
 ) -> tuple[list[int], Forecast]:
     """The blocks that are not there yet, and what they will take."""
     n_blocks = making.rows.n_blocks
-    done = set(finished_blocks(found.storage, n_blocks)) if found.recipe else set()
     todo = [block for block in range(n_blocks) if block not in done]
     rate = calibration.rows_per_second * min(calibration.blocks_at_once, max(len(todo), 1))
     ahead = forecast(found.storage, making.specs, making.rows, todo, rate, calibration.compressed)

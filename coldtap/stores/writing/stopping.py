@@ -26,7 +26,7 @@ class StopRequest:
         self.event.set()
 
     def error(self, message: str) -> InterruptedRunError:
-        """The error to end with: exit code 130 after Ctrl-C, 143 after SIGTERM."""
+        """Return the error to end with: exit code 130 after Ctrl-C, 143 after SIGTERM."""
         error = InterruptedRunError(message)
         error.exit_code = 128 + (self.signal or signal.SIGINT)
         return error

@@ -143,7 +143,7 @@ class StoreWriter:
         return static_files(self.recipe, self.specs, self.plan.n_rows, self.numbers, self.norm)
 
     def new_buffers(self) -> BlockBuffers:
-        """A buffer an array, for the rows of one block."""
+        """Return a buffer an array, for the rows of one block."""
         return {spec.name: ArrayBuffer(spec, self.numbers[spec.name]) for spec in self.specs}
 
     def write_block(

@@ -39,7 +39,7 @@ class Rules:
         choose_device(self.device)
 
     def trainings(self, contender: Contender) -> int:
-        """How often an adaptor is trained on a dataset."""
+        """Return how often an adaptor is trained on a dataset."""
         n_settings = len(contender.trials)
         return n_settings + self.seeds if self.protocol == "vtab" else n_settings * self.seeds
 

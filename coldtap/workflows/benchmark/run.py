@@ -72,7 +72,7 @@ class Benchmark:
             )
 
     def store(self, dataset: str) -> Path:
-        """Where the features of a dataset are kept."""
+        """Return where the features of a dataset are kept."""
         return self.out / "stores" / dataset
 
     def budget(self) -> list[str]:
@@ -238,7 +238,7 @@ class _Clock:
         self._n_before, self._jobs, self._began = n_failed, jobs, time.monotonic()
 
     def size(self, task: CellTask) -> int:
-        """What a cell reads."""
+        """Return what a cell reads."""
         return self._sizes[task.dataset, task.adaptor]
 
     def finish(self, done: Done) -> str:

@@ -1,6 +1,7 @@
 """Stores of each tier and layout that were made once: they open, and read as they did on the day they were made."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from coldtap.stores.reading.describe import describe_store
 from coldtap.stores.reading.manifest_files import files_of
 from coldtap.stores.verify.verify import verify_store
 from tests.helpers.escapes import escapes_of
-from tests.helpers.places import FIXTURES
+from tests.helpers.places import FIXTURES, ROOT
 
 HERE = FIXTURES
 RECORDED = {
@@ -150,3 +151,16 @@ def test_they_are_described(name, expected):
     assert {array["name"] for array in about["arrays"]} == {
         key.removeprefix("values:") for key in expected if key.startswith("values:")
     }
+
+
+def test_the_lines_of_the_specification_read_an_int8_store(monkeypatch):
+    text = (ROOT / "docs/format.md").read_text()
+    (lines,) = (code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "zarr.open_group" in code)
+    monkeypatch.chdir(HERE)
+    lines = lines.replace("STORE", "format-2-int8").replace("g8x8-p1-c192", "g2x2-p1-c6").replace("17", "number")
+    with np.load("format-2-int8.npz") as expected:
+        numbers, values = expected["row"].tolist(), expected["values:layers/g2x2-p1-c6"]
+    for number, wanted in zip(numbers, values, strict=True):
+        names = {"zarr": zarr, "number": number}
+        exec(lines, names)  # it is our own page
+        np.testing.assert_array_equal(names["row"], wanted)

@@ -83,7 +83,7 @@ class Artefact:
     strides: Mapping[str, int]
 
     def identity(self) -> dict[str, str]:
-        """What a recipe says of it: features of two artefacts never stand in for each other."""
+        """Return what a recipe says of it: features of two artefacts never stand in for each other."""
         return {"scheme": self.about.scheme, "compensation": self.about.compensation, "artefact": self.digest}
 
     @property
