@@ -1,4 +1,4 @@
-"""A store whose manifest has several parts: it reads, verifies and converts, and its small files change without them."""
+"""A store whose manifest has several parts: it reads, verifies, converts, and its small files change without them."""
 
 import numpy as np
 import pytest
