@@ -119,7 +119,7 @@ class CalibrationSamples:
         return values[finite], counted[finite]
 
     def errors(self) -> dict[str, list[dict[str, Any]]]:
-        """Return what the codes of each int8 array lose on the rows after those of the scales; empty without such arrays."""
+        """Return what the codes of each int8 array lose on the rows after those of the scales."""
         return {name: self._errors(spec) for name, spec in self._specs.items() if spec.kept_as.is_coded}
 
     def _errors(self, spec: ArraySpec) -> list[dict[str, Any]]:
