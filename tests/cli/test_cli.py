@@ -313,7 +313,7 @@ def test_inspect_of_codes_shows_their_bound_their_size_and_what_was_measured(cod
             for block in range(3)
             for *_, values in escapes_of(coded, array["name"], block, 512, len(array["taps"]))
         ]
-        assert array["escapes"] == sum(array["escapes_by_tap"]) == sum(map(len, segments)) > 0
+        assert array["escapes"] == sum(array["escapes_by_tap"]) == sum(map(len, segments))
         assert array["escaped_share"] == array["escapes"] / n_values
         size = f"{array['bits_per_value']:.2f} bits per value on disk; {array['escapes']} escapes"
         assert f"    30 dB in every channel; {size}" in result.stdout
