@@ -101,7 +101,7 @@ def test_the_forecast_is_within_three_percent_of_what_is_written(tmp_path):
 
 def test_a_job_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(MachineError, match=r"needs 0\.0\d+ MB and 0\.001 MB are free there: free some space"):
+    with pytest.raises(MachineError, match=r"needs 0\.\d+ MB and 0\.001 MB are free there: free some space"):
         cache(in_memory(train=8, val=4), tmp_path / "s")
     assert list(tmp_path.iterdir()) == []
 

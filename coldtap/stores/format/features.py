@@ -8,6 +8,7 @@ READABLE = (1, 2)
 
 CHUNK_DIGESTS = "chunk-digests"  # `chunk_digests.py`: a chunk is bound to its array, block, row and tap
 ESCAPE_SEGMENTS = "escape-segments"  # `escape_segments.py`: escapes by row and tap, outside the Zarr hierarchy
+MANIFEST_PARTS = "manifest-parts"  # `manifest.py`: the manifest is a root and parts
 
-WRITTEN = (CHUNK_DIGESTS, ESCAPE_SEGMENTS)  # what new stores have, sorted
+WRITTEN = (CHUNK_DIGESTS, ESCAPE_SEGMENTS, MANIFEST_PARTS)  # what new stores have, sorted
 KNOWN = frozenset(WRITTEN)

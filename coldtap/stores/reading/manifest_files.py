@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from coldtap.errors import CorruptStoreError, IncompleteStoreError, MachineError
 from coldtap.stores.format.canonical import sha256
-from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry, Manifest
+from coldtap.stores.format.manifest import FEATURES, MANIFEST, Entry, Manifest, ManifestLines
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.files import MAX_SMALL_BYTES
@@ -112,13 +112,13 @@ def read_manifest(place: Place) -> Manifest:
 
     Raises:
         IncompleteStoreError: there is no manifest: the job that writes the store has not finished.
-        CorruptStoreError: it cannot be read.
+        CorruptStoreError: it, or one of its parts, is damaged or cannot be read.
         MachineError: this user may not read it.
     """
     storage = storage_at(place)
     where = storage.describe(MANIFEST)
     try:
-        return Manifest(_text_bytes(storage, MANIFEST), where=where)
+        root = ManifestLines(_text_bytes(storage, MANIFEST), where=where)
     except FileNotFoundError:
         raise IncompleteStoreError(
             f"{storage} is incomplete (it has no manifest): run the same `cache-features` command again to finish it"
@@ -127,6 +127,22 @@ def read_manifest(place: Place) -> Manifest:
         raise MachineError(f"{where} may not be read ({error.strerror}): change its mode or ask its owner") from error
     except OSError as error:
         raise CorruptStoreError(f"{where} cannot be read ({error.strerror})") from error
+
+    return Manifest(root, [_read_part(storage, part) for part in root.parts()])
+
+
+def _read_part(storage: Storage, entry: Entry) -> ManifestLines:
+    where = storage.describe(entry.name)
+    try:
+        data = _text_bytes(storage, entry.name)
+    except OSError as error:
+        raise CorruptStoreError(
+            f"{where}, a part of the manifest, cannot be read ({error.strerror}): fetch it again"
+        ) from error
+    part = ManifestLines(data, where=where)
+    if part.sha256 != entry.sha256 or len(data) != entry.n_bytes:
+        raise CorruptStoreError(f"{where}, a part of the manifest, is not what the manifest says: fetch it again")
+    return part
 
 
 def _text_bytes(storage: Storage, name: str) -> bytearray:

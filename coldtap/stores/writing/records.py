@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.journal import JournalLine, journal_name, line_bytes
-from coldtap.stores.format.manifest import MANIFEST, Entry, manifest_bytes
+from coldtap.stores.format.manifest import MANIFEST, Entry, manifest_bytes, part_name
 from coldtap.stores.format.tables import table_pieces
 from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
@@ -24,8 +24,16 @@ def write_rows(storage: Storage, name: str, schema: pa.Schema, rows: Iterable[Se
     storage.put(name, table_pieces(schema, rows))
 
 
+def write_part(storage: Storage, entries: Iterable[Entry]) -> Entry:
+    """Write a part of the manifest and return its own entry."""
+    data = manifest_bytes(entries)
+    part = Entry(sha256=sha256(data), n_bytes=len(data), name=part_name(sha256(data)))
+    storage.put(part.name, [data])
+    return part
+
+
 def write_manifest(place: Place, entries: Iterable[Entry]) -> str:
-    """Write the manifest and return the store's digest."""
+    """Write the manifest's root and return the store's digest."""
     data = manifest_bytes(entries)
 
     def pieces() -> Iterable[bytes]:

@@ -34,11 +34,11 @@ def _is_intact(storage: Storage, file: str) -> bool:
 
 
 def update_file(place: Place, file: str, data: bytes) -> None:
-    """Add or replace a small file.
+    """Add or replace a small file; the parts of the manifest stay.
 
     It is written before the manifest that names it; a death between the two is mended by the same call.
     """
     storage = storage_at(place)
-    entries = read_manifest(storage).entries()
+    entries = read_manifest(storage).root_entries()
     storage.put(file, [data])
     write_manifest(storage, {**entries, file: file_entry(storage, file)}.values())

@@ -7,11 +7,13 @@ most the blocks in flight.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import batched
 from typing import Any, Self
 
 import numpy as np
 
 from coldtap.errors import IncompleteStoreError
+from coldtap.stores.format import manifest
 from coldtap.stores.format.arrays import ArraySpec
 from coldtap.stores.format.canonical import readable_json, sha256
 from coldtap.stores.format.chunk_digests import DIGESTS, digests_name
@@ -36,10 +38,22 @@ from coldtap.stores.storage.address import Place, storage_at
 from coldtap.stores.storage.contract import Storage
 from coldtap.stores.storage.faults import fault_point
 from coldtap.stores.writing.block import ArrayBuffer, BlockBuffers
-from coldtap.stores.writing.records import write_line, write_manifest, write_rows
+from coldtap.stores.writing.records import write_line, write_manifest, write_part, write_rows
 
 # Only there do dead jobs of coldtap leave something; elsewhere others may use the same ending.
-SWEPT = (RECIPE, SAMPLES, REJECTED, MANIFEST, FEATURES, DIGESTS, ESCAPES, JOURNAL, TARGETS, COMPENSATION)
+SWEPT = (
+    RECIPE,
+    SAMPLES,
+    REJECTED,
+    MANIFEST,
+    manifest.MANIFEST_PARTS,
+    FEATURES,
+    DIGESTS,
+    ESCAPES,
+    JOURNAL,
+    TARGETS,
+    COMPENSATION,
+)
 
 
 class StoreWriter:
@@ -231,11 +245,23 @@ class StoreWriter:
         for name, data in beside.items():
             self.storage.put(name, [data])
         fault_point("index-written")
-        return write_manifest(self.storage, self._entries([*self._statics, *beside]))
+        parts = self._write_parts()
+        small = (file_entry(self.storage, name) for name in (RECIPE, SAMPLES, REJECTED, *self._statics, *beside))
+        return write_manifest(self.storage, [*parts, *small])
 
-    def _lines(self) -> Iterator[JournalLine]:
-        """Every block's line, one at a time: together they would grow with the dataset."""
-        for block in range(self.plan.n_blocks):
+    def _write_parts(self) -> Sequence[Entry]:
+        """Write the manifest's parts, and leave none of an earlier call."""
+        parts = [
+            write_part(self.storage, self._entries(blocks))
+            for blocks in batched(range(self.plan.n_blocks), manifest.BLOCKS_A_PART)
+        ]
+        for name in {*self.storage.list(manifest.MANIFEST_PARTS)} - {part.name for part in parts}:
+            self.storage.delete(name)
+        return parts
+
+    def _lines(self, blocks: Iterable[int] | None = None) -> Iterator[JournalLine]:
+        """Lines of blocks, or of all, one at a time: together they would grow with the dataset."""
+        for block in range(self.plan.n_blocks) if blocks is None else blocks:
             line = read_line(self.storage, block)
             if line is None:
                 raise IncompleteStoreError(f"{self.storage}: block {block} of {self.plan.n_blocks} is not there yet")
@@ -264,10 +290,9 @@ class StoreWriter:
                         rejection.tap,
                     )
 
-    def _entries(self, small: Iterable[str]) -> Iterable[Entry]:
-        for line in self._lines():
+    def _entries(self, blocks: Iterable[int]) -> Iterable[Entry]:
+        """What blocks wrote."""
+        for line in self._lines(blocks):
             for name, file in line.files.items():
                 yield Entry(sha256=file.sha256, n_bytes=file.n_bytes, name=name)
             yield file_entry(self.storage, journal_name(line.block))
-        for name in (RECIPE, SAMPLES, REJECTED, *small):
-            yield file_entry(self.storage, name)

@@ -51,8 +51,9 @@ def test_they_are_the_stores_that_were_made_then(name):
 
 def test_each_is_of_the_format_that_its_name_says(name):
     recipe = open_store(HERE / name).recipe
-    of_format_2 = 2, ("chunk-digests", "escape-segments")
-    assert (recipe.format, recipe.requires) == (of_format_2 if name.startswith("format-2") else (1, ()))
+    requires = ("chunk-digests", "escape-segments", "manifest-parts")
+    expected = 2, requires if name == "format-2-parts" else requires[:2]
+    assert (recipe.format, recipe.requires) == (expected if name.startswith("format-2") else (1, ()))
     assert (
         json.loads((HERE / name / "features.zarr/zarr.json").read_text())["attributes"]["coldtap"] == recipe.to_dict()
     )

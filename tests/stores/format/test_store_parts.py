@@ -27,7 +27,8 @@ from coldtap.stores.format.tiers import FLOAT16_MAX, HEADROOM, TIERS, Numbers, f
 from coldtap.stores.reading.journal_lines import read_line
 from coldtap.stores.reading.manifest_files import read_manifest
 from coldtap.stores.reading.recipe_file import read_recipe
-from coldtap.stores.writing.records import write_line, write_manifest
+from coldtap.stores.storage.address import storage_at
+from coldtap.stores.writing.records import write_line, write_manifest, write_part
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 TAP = {"name": "z0", "grid": [2, 2], "prefix_tokens": 1, "channels": 4}
@@ -243,6 +244,28 @@ def test_manifest_round_trips_and_refuses_names_that_leave_the_store(tmp_path):
             read_manifest(tmp_path).find("z")
     (tmp_path / "manifest").unlink()
     with pytest.raises(IncompleteStoreError, match="run the same"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_in_parts_is_one_manifest(tmp_path):
+    entries = [Entry(sha256="b" * 64, n_bytes=2, name=f"{letter}/0") for letter in "dbca"]
+    storage = storage_at(tmp_path)
+    parts = [write_part(storage, entries[:2]), write_part(storage, entries[2:])]
+    small = Entry(sha256="c" * 64, n_bytes=1, name="b")
+    digest = write_manifest(tmp_path, [*parts, small])
+    manifest = read_manifest(tmp_path)
+    every = sorted([*entries, *parts, small], key=lambda entry: entry.name)
+    assert (list(manifest.entries().values()), manifest.digest) == (every, digest)
+    assert [manifest.find(name) for name in ("a/0", "b", "b/0", "d/0", "x")] == [
+        entries[3],
+        small,
+        *entries[1::-1],
+        None,
+    ]
+    assert set(manifest.root_entries()) == {"b", *(part.name for part in parts)}
+    assert manifest.most_lines >= 7
+    (tmp_path / "manifest").write_text(f"{'a' * 64} 1 {parts[0].name}\n")
+    with pytest.raises(CorruptStoreError, match="manifest, line 1"):
         read_manifest(tmp_path)
 
 

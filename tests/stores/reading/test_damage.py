@@ -34,9 +34,10 @@ from coldtap.errors import ColdtapError
 from coldtap.stores import open_store
 from coldtap.stores.format.canonical import sha256
 from coldtap.stores.format.codes import Scaling
-from coldtap.stores.format.manifest import MANIFEST
+from coldtap.stores.format.manifest import MANIFEST, MANIFEST_PARTS
 from coldtap.stores.format.recipe import PARTS, signed_record
 from coldtap.stores.verify.verify import verify_store
+from tests.helpers.manifests import chained, name_of
 from tests.helpers.places import FIXTURES, ROOT
 from tests.helpers.synthetic import GEOMETRY, synthetic_store
 
@@ -192,7 +193,7 @@ class Damaged:
 
     @property
     def changes(self):
-        return any(data != self.sound.files[name] for name, data in self.new.items())
+        return any(data != self.sound.files.get(name) for name, data in self.new.items())
 
     def __enter__(self):
         for name, data in self.new.items():
@@ -204,7 +205,10 @@ class Damaged:
 
     def __exit__(self, *_):
         for name in self.new:
-            (self.sound.path / name).write_bytes(self.sound.files[name])
+            if name in self.sound.files:
+                (self.sound.path / name).write_bytes(self.sound.files[name])
+            else:
+                (self.sound.path / name).unlink()
 
 
 # Bytes with an accident: every function takes some and draws what becomes of them.
@@ -307,7 +311,7 @@ AREAS = {
     "metadata": (is_metadata, None, ["arrays"]),
     "tables": (is_table, None, ["tables"]),
     "samples": (lambda name: name == "samples.parquet", None, ["tables"]),
-    "manifest": (lambda name: name == MANIFEST, None, ["arrays", "tables"]),
+    "manifest": (lambda name: name == MANIFEST or name.startswith(MANIFEST_PARTS), None, ["arrays", "tables"]),
 }
 
 
@@ -349,7 +353,8 @@ def is_found(path):
 def lines(draw, stores):
     """A manifest in which lines were lost, doubled, changed places or were given another's digest or name."""
     sound = stores[draw(st.sampled_from(KINDS))]
-    old = sound.files[MANIFEST].decode().splitlines()
+    file = draw(st.sampled_from([MANIFEST, *(name for name in sound.files if name.startswith(MANIFEST_PARTS))]))
+    old = sound.files[file].decode().splitlines()
     a, b = draw(st.integers(0, len(old) - 1)), draw(st.integers(0, len(old) - 1))
     (digest, size, name), (other_digest, other_size, other_name) = old[a].split(" ", 2), old[b].split(" ", 2)
     changed = draw(
@@ -373,7 +378,11 @@ def lines(draw, stores):
     new = [*old[:a], *changed, *old[a + 1 :]]
     if draw(st.booleans()):
         new = sorted(new, key=lambda line: line.split(" ", 2)[-1])
-    return Damaged(sound, {MANIFEST: "".join(f"{line}\n" for line in new).encode()}, f"{old[a]} → {changed}")
+    if file == MANIFEST:
+        files = {MANIFEST: "".join(f"{line}\n" for line in new).encode()}
+    else:  # the root agrees with it
+        files = chained(sound.files, lambda lines: new if lines == old else lines)
+    return Damaged(sound, files, f"{old[a]} → {changed}")
 
 
 def test_a_line_of_the_manifest_that_is_lost_or_wrong_never_makes_values_disappear(stores):
@@ -505,11 +514,12 @@ def test_a_frame_that_says_too_much_is_an_error(stores):
 
 def relisted(sound, new):
     """The manifest that agrees with new bytes."""
-    changed = []
-    for line in sound.files[MANIFEST].decode().splitlines():
-        name = line.split(" ", 2)[2]
-        changed.append(f"{sha256(new[name])} {len(new[name])} {name}" if name in new else line)
-    return {**new, MANIFEST: "".join(f"{line}\n" for line in changed).encode()}
+
+    def listed(line):
+        data = new.get(name_of(line))
+        return line if data is None else f"{sha256(data)} {len(data)} {name_of(line)}"
+
+    return {**new, **chained(sound.files, lambda lines: [listed(line) for line in lines])}
 
 
 WRONG = [

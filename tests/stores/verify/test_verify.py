@@ -21,6 +21,7 @@ from coldtap.stores.reading.manifest_files import file_entry
 from coldtap.stores.verify.verify import verify_store
 from coldtap.text import show_bytes
 from tests.helpers.jobs import cache, coldtap, error_line, files, in_memory
+from tests.helpers.manifests import all_lines, name_of, rewrite
 from tests.helpers.pictures import encoded, picture, write_classes
 from tests.helpers.places import FIXTURES
 from tests.helpers.synthetic import synthetic_store
@@ -57,12 +58,6 @@ def flip(path, at):
     path.write_bytes(data)
 
 
-def swap(path, old, new):
-    text = path.read_text()
-    assert text.count(old) == 1
-    path.write_text(text.replace(old, new))
-
-
 def test_nothing_is_wrong_with_a_sound_store(store):
     found = verify_store(store)
     listed = files(store)
@@ -82,7 +77,7 @@ def test_every_byte_of_every_file_counts(store):
         try:
             assert problems(store), name
         except (CorruptStoreError, IncompleteStoreError) as error:
-            assert name in (MANIFEST, "recipe.json"), name
+            assert name in (MANIFEST, "recipe.json") or name.startswith("manifest-parts/"), name
             assert str(store / name) in str(error)  # noqa: PT017 # whether it raises depends on the file
         path.write_bytes(data)
     assert problems(store) == []
@@ -155,7 +150,7 @@ def test_a_file_that_the_manifest_does_not_list_is_named(store, name):
 
 def test_a_manifest_that_lies_about_a_size_is_found_out(store):
     size = (store / TRAIN).stat().st_size
-    swap(store / MANIFEST, f" {size} {TRAIN}\n", f" {size + 1} {TRAIN}\n")
+    relabelled(store, line_of(store, TRAIN), line_of(store, TRAIN).replace(f" {size} ", f" {size + 1} "))
     assert problems(store) == [(TRAIN, f"{size} bytes; the manifest says {size + 1}")]
 
 
@@ -169,17 +164,14 @@ def test_a_manifest_that_lies_about_a_size_is_found_out(store):
     ],
 )
 def test_a_manifest_that_lies_about_a_digest_is_found_out(store, name, what):
-    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f" {name}")]
-    swap(store / MANIFEST, line, f"{'0' * 64}{line[64:]}")
+    line = line_of(store, name)
+    relabelled(store, line, f"{'0' * 64}{line[64:]}")
     assert problems(store) == [(name, what)]
 
 
 def test_a_manifest_without_a_file_or_a_list_is_found_out(store):
     digests = "digests/layers/g2x2-p0-c4"
-    lines = (store / MANIFEST).read_text().splitlines()
-    left = [line for line in lines if not line.endswith((" journal/00000001.json", f" {digests}/0", f" {digests}/1"))]
-    assert len(left) == len(lines) - 3
-    (store / MANIFEST).write_text("\n".join(left) + "\n")
+    unlisted(store, "journal/00000001.json", f"{digests}/0", f"{digests}/1")
     (store / f"{digests}/1").unlink()
     assert set(problems(store)) == {
         ("journal/00000001.json", "the manifest does not list this file"),
@@ -189,9 +181,7 @@ def test_a_manifest_without_a_file_or_a_list_is_found_out(store):
 
 
 def test_a_list_of_digests_of_no_shard_is_found_out(store):
-    lines = (store / MANIFEST).read_text().splitlines()
-    left = [line for line in lines if not line.endswith(f" {VAL}")]
-    (store / MANIFEST).write_text("\n".join(left) + "\n")
+    unlisted(store, VAL)
     (store / VAL).unlink()
     assert ("digests/layers/g2x2-p0-c4/1", "digests of what is not there") in problems(store)
 
@@ -200,9 +190,7 @@ def test_lists_that_lie_about_a_checksum_alone_are_found_out(store):
     """The SHA-256 in the list holds; the reader compares the other number."""
     name = "digests/layers/g2x2-p0-c4/0"
     flip(store / name, 33)
-    entry = file_entry(store, name)
-    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f" {name}")]
-    swap(store / MANIFEST, line, f"{entry.sha256} {entry.n_bytes} {name}")
+    relist(store, name)
     what = "the chunk is whole and not the one that the store's list of digests has there"
     assert problems(store) == [(TRAIN, f"row 0, tap 0: {what}")]
 
@@ -274,10 +262,42 @@ def test_a_row_that_is_also_rejected_is_found_out(store):
 
 def relist(store, name):
     """Put a file's size and digest of now into the manifest."""
-    lines = [line for line in (store / MANIFEST).read_text().splitlines() if not line.endswith(f" {name}")]
     entry = file_entry(store, name)
-    lines.append(f"{entry.sha256} {entry.n_bytes} {entry.name}")
-    (store / MANIFEST).write_text("\n".join(sorted(lines, key=lambda line: line.split(" ", 2)[2])) + "\n")
+    relabelled(store, line_of(store, name), f"{entry.sha256} {entry.n_bytes} {entry.name}")
+
+
+def line_of(store, name):
+    (line,) = [line for line in all_lines(store) if name_of(line) == name]
+    return line
+
+
+def unlisted(store, *names):
+    """Take lines out of the manifest."""
+    assert {*names} <= {name_of(line) for line in all_lines(store)}
+    rewrite(store, lambda lines: [line for line in lines if name_of(line) not in names])
+
+
+def relabelled(store, old, *new):
+    """The manifest with other lines in place of one."""
+    assert all_lines(store).count(old) == 1
+    rewrite(store, lambda lines: sorted([*{*lines} - {old}, *new], key=name_of) if old in lines else lines)
+
+
+def test_a_part_of_the_manifest_that_is_damaged_or_gone_is_named(store):
+    (name,) = [name for name in files(store) if name.startswith("manifest-parts/")]
+    data = (store / name).read_bytes()
+    (store / name).write_bytes(data[:-1])
+    with pytest.raises(CorruptStoreError, match=f"{name}, a part of the manifest, is not what the manifest says"):
+        verify_store(store)
+    (store / name).unlink()
+    with pytest.raises(CorruptStoreError, match=f"{name}, a part of the manifest, cannot be read"):
+        verify_store(store)
+
+
+def test_a_file_that_two_parts_list_is_named(store):
+    rewrite(store, lambda lines: sorted({*lines, line_of(store, "journal/00000000.json")}, key=name_of))
+    with pytest.raises(CorruptStoreError, match=r"journal/00000000\.json is listed elsewhere too"):
+        verify_store(store)
 
 
 def test_an_edited_recipe_is_named_whatever_was_edited(store):
@@ -425,17 +445,9 @@ def test_an_index_with_gaps_overlaps_or_bytes_of_no_chunk_is_found_out(store, ch
     assert found.startswith(what)
 
 
-def relabelled(store, old, new):
-    """The manifest with another line in place of one."""
-    lines = (store / MANIFEST).read_text().splitlines()
-    assert old in lines
-    lines = [line for line in lines if line != old] + [line for line in [new] if line]
-    (store / MANIFEST).write_text("\n".join(sorted(lines, key=lambda line: line.split(" ", 2)[2])) + "\n")
-
-
 def test_a_manifest_that_lies_about_a_taps_bytes_is_found_out(of_format_1):
     store = of_format_1
-    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{OLD_TRAIN}#2")]
+    line = line_of(store, f"{OLD_TRAIN}#2")
     digest, n_bytes, name = line.split(" ")
     relabelled(store, line, f"{digest} {int(n_bytes) + 1} {name}")
     assert problems(store) == [(name, f"the tap has {n_bytes} bytes; the manifest says {int(n_bytes) + 1}")]
@@ -444,16 +456,14 @@ def test_a_manifest_that_lies_about_a_taps_bytes_is_found_out(of_format_1):
 @pytest.mark.parametrize("name", [f"{OLD_TRAIN}#7", f"{OLD_TRAIN}#", "recipe.json#0", f"{OLD}/c/9/0/0/0#0"])
 def test_a_manifest_with_a_tap_that_is_not_there_is_found_out(of_format_1, name):
     store = of_format_1
-    (line,) = [line for line in (store / MANIFEST).read_text().splitlines() if line.endswith(f"{OLD_TRAIN}#2")]
-    with (store / MANIFEST).open("a") as file:
-        file.write(f"{'0' * 64} 5 {name}\n")
-    relabelled(store, line, line)
+    line = line_of(store, f"{OLD_TRAIN}#2")
+    relabelled(store, line, line, f"{'0' * 64} 5 {name}")
     assert problems(store) == [(name, "the manifest lists a tap that is not there")]
 
 
 def test_a_line_of_a_tap_has_no_place_where_there_are_lists_of_digests(store):
-    lines = [*(store / MANIFEST).read_text().splitlines(), f"{'0' * 64} 5 {TRAIN}#2"]
-    (store / MANIFEST).write_text("".join(f"{line}\n" for line in sorted(lines, key=lambda line: line.split(" ")[2])))
+    line = line_of(store, TRAIN)
+    relabelled(store, line, line, f"{'0' * 64} 5 {TRAIN}#2")
     assert problems(store) == [(f"{TRAIN}#2", "the manifest lists a tap that is not there")]
 
 
@@ -544,8 +554,7 @@ def test_escapes_that_are_no_segments_or_others_are_found_out(coded, change, wha
 
 def test_escapes_without_a_list_of_digests_are_found_out(coded):
     name = min(name for name in files(coded) if name.startswith(f"digests/{ESCAPES}/"))
-    lines = [line for line in (coded / MANIFEST).read_text().splitlines() if not line.endswith(f" {name}")]
-    (coded / MANIFEST).write_text("".join(f"{line}\n" for line in lines))
+    unlisted(coded, name)
     (coded / name).unlink()
     assert (name, "the manifest does not list these digests") in problems(coded)
 
@@ -570,7 +579,7 @@ def test_metadata_of_escapes_that_does_not_fit_their_lists_is_found_out(coded_of
 
 def test_every_byte_of_an_int8_store_counts(coded):
     for number, (name, data) in enumerate(files(coded).items()):
-        if name == MANIFEST:
+        if name.startswith(MANIFEST):  # and its parts
             continue
         flip(coded / name, (number * 7919) % len(data))
         assert problems(coded), name
