@@ -6,7 +6,7 @@ from coldtap.errors import MissingExtraError
 
 # The modules of each extra in `pyproject.toml`; the bare package reads, verifies and converts stores.
 EXTRAS = {
-    "extract": ("torch", "timm", "PIL"),
+    "extract": ("torch", "timm", "PIL", "huggingface_hub"),
     "train": ("torch", "sklearn"),
     "cluster": ("dask", "distributed", "cloudpickle", "cryptography"),
     "onnx": ("onnx", "onnxscript"),

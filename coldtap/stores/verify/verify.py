@@ -22,7 +22,7 @@ from coldtap.stores.reading.shard_files import ShardFile
 from coldtap.stores.reading.store import Store
 from coldtap.stores.reading.tables import read_table
 from coldtap.stores.storage.address import Place, storage_at
-from coldtap.stores.storage.contract import Storage
+from coldtap.stores.storage.contract import TEMPORARY_SUFFIX, Storage
 from coldtap.stores.storage.threads import usable_cores
 from coldtap.stores.verify.escapes import escape_problems
 from coldtap.stores.verify.problems import Problem
@@ -137,12 +137,14 @@ def _size_problem(storage: Storage, name: str, n_bytes: int) -> str | None:
 
 def _link_problem(storage: Storage, name: str) -> str | None:
     """What stands in the place of a file, such as a link to a folder."""
+    if name.endswith(TEMPORARY_SUFFIX):  # what a dead job left, which is no object
+        return None
     try:
         storage.stat(name)
     except CorruptStoreError as error:
         return str(error)
     except OSError:
-        return None
+        pass
     return None
 
 
