@@ -10,7 +10,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 12))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bare format bench results clean
+.PHONY: help setup demo test check bare fuzz soak format bench results clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,14 @@ check: $(STAMP) ## Format, lint, types and import direction; changes nothing
 
 bare: $(STAMP) ## Install the package without extras elsewhere, and read, verify and convert stores there
 	@$(PY) scripts/bare_install.py $(ARGS)
+
+fuzz: $(STAMP) ## Damage stores, runs and artefacts for a minute, and read them
+	@$(PY) -m scripts.fuzz_stores --reads 1500
+	@$(PY) -m scripts.fuzz_files --files 300
+
+soak: $(STAMP) ## The same at full length, the figures of docs/log.md (some hours on a busy machine)
+	@$(PY) -m scripts.fuzz_stores --reads 53000 --seed 1
+	@$(PY) -m scripts.fuzz_files --files 20000 --seed 1
 
 format: $(STAMP) ## Format the code and mend what ruff can mend
 	$(PY) -m ruff format .

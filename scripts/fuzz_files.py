@@ -1,7 +1,7 @@
 """Change the small files of runs, trials, artefacts and stores, and read them: an error in a line, never a traceback.
 
-    python scripts/fuzz_files.py                          # 1,000 changed files, some 20 s
-    python scripts/fuzz_files.py --files 20000 --seed 1   # the figure of docs/log.md
+    python -m scripts.fuzz_files                          # 1,000 changed files, some 20 s
+    python -m scripts.fuzz_files --files 20000 --seed 1   # the figure of docs/log.md
 
 A store with a compensation, a finished run, a checkpoint, a failed trial and a quantised backbone are made in memory;
 then, again and again, one file of theirs is changed (a value of its JSON by one of another type or size, or its bytes)

@@ -1,7 +1,7 @@
 """Damage stores in every way that a disk, a copy or a stranger can, and read them: never a wrong number, unsaid.
 
-    python scripts/fuzz_stores.py                          # 2,000 damaged reads, half a minute
-    python scripts/fuzz_stores.py --reads 50000 --seed 1   # the figure of docs/log.md
+    python -m scripts.fuzz_stores                          # 2,000 damaged reads, half a minute
+    python -m scripts.fuzz_stores --reads 50000 --seed 1   # the figure of docs/log.md
 
 Small stores of every tier and layout are made in memory, and twins of equal recipe with other numbers. Then, again
 and again, one is damaged, opened, and rows of it are read, from memory and for every tenth from a disk. A read may end
