@@ -23,10 +23,14 @@ _REASONS = {
     errno.EPERM: "no permission to write there: choose another path or change its mode",
     errno.ENAMETOOLONG: "a name in this path is too long: choose a shorter one",
     errno.EISDIR: "a folder is there: choose another path",
+    errno.EIO: "the disk, or the network drive, fails: look at the system's log, or choose another path",
+    errno.ESTALE: "the network drive was mounted anew or moved: mount it again",
+    errno.ENOLCK: "the network drive gives no locks: start its lock service, or choose another path",
 }
 # A Path has one slash where a URL has two; one letter is a drive.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def require_no_url(place: str | Path) -> None:
@@ -108,7 +112,7 @@ class AtomicFile:
         if not self._place(condition):
             self.abort()
             return None
-        os.fsync(self._folder)
+        sync_folder(self._folder)
         self._close()
         return etag
 
@@ -184,6 +188,18 @@ class AtomicFile:
         os.close(self._file)
         os.close(self._folder)
         self._file = -1
+
+
+def sync_folder(folder: int) -> None:
+    """Make the names in an open folder durable, where the file system can.
+
+    Samba refuses (EINVAL), and so do some file systems in user space: a new name is then as durable as they make it.
+    """
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def etag_of(about: os.stat_result) -> str:

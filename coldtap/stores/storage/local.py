@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from coldtap.errors import CorruptStoreError, MachineError, StoreLockedError
-from coldtap.stores.storage.atomic import AtomicFile, etag_of, machine_errors
+from coldtap.stores.storage.atomic import AtomicFile, etag_of, machine_errors, sync_folder
 from coldtap.stores.storage.contract import (
     LOCK_NAME,
     TEMPORARY_SUFFIX,
@@ -129,7 +129,7 @@ class LocalStorage(Storage):
                     if error.errno not in _NO_LINKS:
                         raise
                     return super().link(source, target)
-                os.fsync(new.number)
+                sync_folder(new.number)
                 return reader.etag
 
     @contextmanager

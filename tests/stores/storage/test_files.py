@@ -32,7 +32,7 @@ def test_the_systems_refusals_become_one_clear_error():
     with pytest.raises(MachineError, match="the disk is full: free some space"), machine_errors(Path("there")):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="odd"), machine_errors(Path("there")):
-        raise OSError(errno.EIO, "odd")
+        raise OSError(errno.EXDEV, "odd")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -384,3 +385,31 @@ def test_writers_of_one_name_take_turns(storage):
         assert thread.is_alive()
     thread.join()
     assert (storage.get("a"), [*storage.leftovers()]) == (b"second", [])
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_drive_that_cannot_sync_folders_keeps_stores_all_the_same(storage, monkeypatch, code):
+    original = os.fsync
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    storage.put("a/b", [b"x"])
+    assert storage.link("a/b", "c") is not None
+    assert (storage.get("a/b"), storage.get("c")) == (b"x", b"x")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(errno.EIO, "the disk, or the network drive, fails"), (errno.ESTALE, "was mounted anew or moved")],
+)
+def test_what_a_network_drive_refuses_has_a_reason(storage, monkeypatch, code, reason):
+    def refuse(*arguments, **named):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "rename", refuse)
+    with pytest.raises(MachineError, match=reason):
+        storage.put("a", [b"x"])
