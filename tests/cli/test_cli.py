@@ -247,7 +247,7 @@ def test_inspect_shows_recipe_splits_labels_arrays_and_ranges(store):
         "state      complete, 46 rows",
         f"address    {opened.recipe.address}",
         f"digest     {opened.digest}",
-        "format     2 (chunk-digests, escape-segments)",
+        "format     2 (chunk-digests, escape-segments, manifest-parts)",
         "backbone   coldtap/vit-reference  (float32, weights ",
         "input      32 × 32, bicubic, squash crop 1.0",
         "views 1, seed 0",

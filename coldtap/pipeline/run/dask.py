@@ -182,7 +182,8 @@ def _start(n_workers: int) -> LocalCluster:
         threads_per_worker=BLOCKS_IN_FLIGHT,
         processes=True,
         host="127.0.0.1",
-        dashboard_address=None,
+        dashboard_address="127.0.0.1:0",  # dask opens a server all the same, and two jobs would want its one port
+        scheduler_kwargs={"dashboard": False},
         silence_logs=logging.CRITICAL + 1,  # a client that leaves while blocks run is "critical", with a traceback
         security=Security.temporary(),
         memory_limit=None,  # blocks in flight bound it; dask would pause, spill and kill by guesses
