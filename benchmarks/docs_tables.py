@@ -31,6 +31,22 @@ def docs_tables() -> Iterator[tuple[str, str, str]]:
     yield "results.md", "reading.json", reading_table(load("reading.json")["reading"])
     yield "quantisation.md", "quantised.json", quantised_tables.markdown(load("quantised.json"))
     yield "log.md", "results-first.json", first_table(load("results-first.json"))
+    yield "log.md", "versions.json", versions_table(load("versions.json")["records"])
+
+
+def versions_table(records: list[Record]) -> str:
+    """Return the speed of reading against another commit's, and the middle half of the rounds."""
+    lines = ["| geometry, tier | later epochs | first epoch |", "| --- | --: | --: |"]
+    by_kind = {(record["geometry"], record["tier"], record["measured"]): record for record in records}
+    for geometry, tier in dict.fromkeys((record["geometry"], record["tier"]) for record in records):
+        cells = []
+        for kind in ("epoch", "first_epoch"):
+            record = by_kind[geometry, tier, kind]
+            low, high = record["quartiles"]
+            cells.append(f"{record['ratio']:.2f} ({low:.2f} – {high:.2f})")
+        name = tier if tier == "float16" else f"int8 {tier}"
+        lines.append(f"| {geometry}, {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def comparison_table(records: list[Record]) -> str:
